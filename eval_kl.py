@@ -1,0 +1,204 @@
+"""How far a student's logits are from its teacher's, beside skipping layers.
+
+    python eval_kl.py runs/fw-6-18
+
+Prints a table over held-out text. KL is KL(teacher || student) of the next-token distributions, in nats per token; the
+lower, the nearer to the teacher. Everything runs in float32, whatever the flow was trained in.
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lft import (
+    EVALUATIONS, SOLVERS, FlowLayer, InputError, check_positive, default_seq_len, embed, held_out_tokens, layer_range,
+    load_flow, load_teacher, pick_device, read_info, run_layers, run_script,
+)  # fmt: skip
+
+
+def kl_divergence(teacher_logits, student_logits):
+    """KL(teacher || student) in nats for each token: logits (batch, seq, vocabulary) to (batch, seq), in float32."""
+    log_p = teacher_logits.float().log_softmax(dim=-1)
+    log_q = student_logits.float().log_softmax(dim=-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+
+
+# A row of the table is a way to get from the teacher's states to the state entering layer `end` and to the last state.
+# The teacher's states are computed once and serve all rows: states[i] enters layer i, states[-1] the final norm.
+
+
+def teacher_row(end):
+    """The teacher itself."""
+    return lambda teacher, states, context: (states[end], states[-1])
+
+
+def flow_row(flow):
+    """The student: `flow`, a FlowLayer, in the place of its span."""
+
+    def row(teacher, states, context):
+        x_end = flow(states[flow.start], **context)
+        return x_end, run_layers(teacher, x_end, flow.end, len(states) - 1, context)
+
+    return row
+
+
+def skip_row(first, n, end):
+    """The teacher without layers [first, first + n)."""
+
+    def row(teacher, states, context):
+        x = states[first]
+        if first + n > end:  # the state entering `end` is the teacher's own, or the one that was carried over the gap
+            return states[min(first, end)], run_layers(teacher, x, first + n, len(states) - 1, context)
+        x_end = run_layers(teacher, x, first + n, end, context)
+        return x_end, run_layers(teacher, x_end, end, len(states) - 1, context)
+
+    return row
+
+
+def logits_of(model, x):
+    """The logits of a last state x, (batch, seq, vocabulary)."""
+    return model.get_output_embeddings()(model.gpt_neox.final_layer_norm(x))
+
+
+@torch.no_grad()
+def evaluate(teacher, sequences, end, rows, title=None):
+    """Score rows on held-out sequences (sequences, seq); with a title, show a progress bar.
+
+    rows: {name: row}. Returns {name: {measure: (sequences,)}}, a mean over each sequence's tokens: "kl" in nats, "nll" in
+    nats, "agreement" of the top tokens, and the squared "error" and squared "norm" of the state entering layer `end`.
+    """
+    teacher.eval()
+    device = next(teacher.parameters()).device
+    scores = {name: [] for name in rows}
+    batches = sequences.split(max(1, 4096 // sequences.shape[1]))
+    progress = tqdm(total=len(batches) * len(rows), desc=title, disable=title is None, unit="row", leave=False)
+    for ids in batches:
+        ids = ids.to(device)
+        x, context = embed(teacher, ids)
+        states = [x]
+        for layer in teacher.gpt_neox.layers:
+            states.append(layer(states[-1], **context))
+        teacher_logits = logits_of(teacher, states[-1])
+        for name, row in rows.items():
+            x_end, x_last = row(teacher, states, context)
+            logits = logits_of(teacher, x_last)
+            nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+            measures = {
+                "kl": kl_divergence(teacher_logits, logits),
+                "nll": nll,
+                "agreement": (logits.argmax(-1) == teacher_logits.argmax(-1)).float(),
+                "error": (x_end - states[end]).square().sum(-1),
+                "norm": states[end].square().sum(-1),
+            }
+            scores[name].append({measure: values.mean(dim=1).cpu() for measure, values in measures.items()})
+            progress.update()
+    progress.close()
+    return {name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]} for name, parts in scores.items()}
+
+
+def summarise(score):
+    """The figures of a row, from its measures by sequence; the standard error is over sequences."""
+    n = len(score["kl"])
+    return {
+        "kl": score["kl"].mean().item(),
+        "kl_stderr": score["kl"].std().item() / math.sqrt(n) if n > 1 else None,
+        "nmse": (score["error"].sum() / score["norm"].sum()).item(),
+        "perplexity": score["nll"].mean().exp().item(),
+        "top1_agreement": score["agreement"].mean().item(),
+    }
+
+
+FLOW_STEPS = (1, 2, 3, 8)
+SKIPS = (1, 2, 3, 4)
+RANKED_PART = 8  # the placements of skipped layers are many: every eighth sequence ranks them
+
+
+def table(teacher, velocity, sequences, start, end):
+    """All rows of the table, over held-out sequences (sequences, seq): a list of dicts, in the order of printing.
+
+    The best placements for skipping are found on every eighth sequence and scored on all of them; a mean over placements
+    is of that eighth. The key "tokens" of a row says how many it was scored on.
+    """
+    layers = teacher.config.num_hidden_layers
+    placements = {(first, n): skip_row(first, n, end) for n in SKIPS for first in range(layers - n + 1)}
+    part = sequences[::RANKED_PART]
+    ranked = evaluate(teacher, part, end, placements, "ranking skips")
+
+    rows = {"teacher": (None, 0, teacher_row(end))}  # name: layers replaced, velocity evaluations, row
+    for solver in SOLVERS:
+        for steps in FLOW_STEPS:
+            flow = FlowLayer(velocity, start, end, solver, steps)
+            rows[f"LFT {solver} x{steps}"] = (layer_range(start, end), steps * EVALUATIONS[solver], flow_row(flow))
+    rows["span dropped"] = (layer_range(start, end), 0, skip_row(start, end - start, end))
+    means = {}
+    for n in SKIPS:
+        anywhere = [placement for placement in placements if placement[1] == n]
+        inside = [(first, n) for first, _ in anywhere if start <= first and first + n <= end]
+        for where, candidates in (("inside span", inside), ("anywhere", anywhere)):
+            if candidates:
+                best = min(candidates, key=lambda placement: ranked[placement]["kl"].mean())
+                rows[f"skip {n}, best {where}"] = (layer_range(best[0], best[0] + n), 0, placements[best])
+        if inside:
+            name = f"skip {n}, mean inside span"
+            rows[name] = (f"{n} of {layer_range(start, end)}", 0, None)
+            scores = [ranked[placement] for placement in inside]
+            means[name] = {measure: torch.stack([score[measure] for score in scores]).mean(0) for measure in scores[0]}
+
+    to_score = {name: row for name, (_, _, row) in rows.items() if row is not None}
+    scores = means | evaluate(teacher, sequences, end, to_score, "scoring rows")
+    return [
+        {"name": name, "layers_replaced": replaced, "evaluations": evaluations, **summarise(scores[name]),
+         "tokens": len(scores[name]["kl"]) * sequences.shape[1]}
+        for name, (replaced, evaluations, _) in rows.items()
+    ]  # fmt: skip
+
+
+def print_table(rows, end):
+    """Print the rows that `table` returned, with units and direction."""
+    print(
+        "KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer "
+        f"{end}, perplexity: lower is better.\nTop-1, how often the top token is the teacher's: higher is better.\n"
+    )
+    print(f"{'':28}{'layers':>11}{'velocity':>13}\n{'row':28}{'replaced':>11}{'evaluations':>13}{'KL':>18}{'NMSE':>9}{'perplexity':>12}{'top-1':>8}")
+    for row in rows:
+        kl = f"{row['kl']:.4f}" + (f" ± {row['kl_stderr']:.4f}" if row["kl_stderr"] is not None else "")
+        print(
+            f"{row['name']:28}{row['layers_replaced'] or '-':>11}{row['evaluations'] or '-':>13}{kl:>18}{row['nmse']:>9.4f}"
+            f"{row['perplexity']:>12.2f}{row['top1_agreement']:>8.1%}"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("run", help="folder that train_fm.py or train_fw.py wrote")
+    add("--data", help="stdlib, a text file, a glob, or a hub data set; its held-out part is read (default: what the run was trained on)")
+    add("--tokens", type=int, default=32_768, help="held-out tokens to score (default %(default)s)")
+    add("--json", help="file to write the rows to as well (default: none)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    args = parser.parse_args()
+    check_positive(args, "tokens")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise InputError(f"--json {args.json} is in no existing folder: make the folder first")
+    device = pick_device(args.device)
+    teacher, tokenizer = load_teacher(read_info(args.run)["teacher"], device)
+    velocity, info = load_flow(args.run, teacher)
+    start, end, data = info["start"], info["end"], args.data or info["data"]
+    sequences = held_out_tokens(data, tokenizer, default_seq_len(teacher), args.tokens)
+    print(
+        f"teacher {info['teacher']}, data {data}, held-out part: {sequences.numel():,} tokens in {len(sequences)} sequences; "
+        f"{args.run} replaces layers {layer_range(start, end)}, {end - start} of {teacher.config.num_hidden_layers}", flush=True
+    )  # fmt: skip
+    rows = table(teacher, velocity, sequences, start, end)
+    print_table(rows, end)
+    if args.json:
+        result = {"teacher": info["teacher"], "data": data, "start": start, "end": end, "tokens": sequences.numel(), "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

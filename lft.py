@@ -1,0 +1,486 @@
+"""The Latent Flow Transformer (arXiv 2505.14513): the method, to be read from top to bottom.
+
+A span of layers [start, end) of a pretrained language model (the teacher) is cut out. In its place stands one learned
+velocity field u(x, t), integrated from t = 0 to t = 1:
+
+    x0, the state entering layer `start`   --- dx/dt = u(x, t) --->   x1, the state entering layer `end`
+
+Everything outside the span stays as it was. This file holds the velocity field, the solvers, the layer that stands in
+for the span, the teacher and its hidden states, the text, and how a flow is saved. train_fm.py and train_fw.py hold the
+two losses; eval_kl.py says how far the student's logits are from the teacher's.
+
+Spans are half-open, as in Python: 6 -> 18 replaces layers 6..17, twelve of them. Hidden states, written x, have the
+shape (batch, seq, hidden); times run from 0 to 1.
+"""
+import copy
+import glob
+import hashlib
+import itertools
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from datasets import load_dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GPTNeoXForCausalLM
+from transformers.utils import logging
+from transformers.masking_utils import create_causal_mask
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+
+
+class InputError(Exception):
+    """Bad input, told in one sentence that says what to do; the scripts print it and exit with status 2."""
+
+
+# 1. The velocity field
+
+
+TIME_CHANNELS = 128
+FASTEST = 1000.0  # radians that the fastest channel of the time embedding turns while t goes from 0 to 1; the slowest: 1
+
+
+class VelocityBlock(nn.Module):
+    """The velocity field u(x, t): one layer of the teacher's kind, without its outer residual, conditioned on time.
+
+    u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(x) + β2), where six vectors from t are the gates α, the scales
+    γ and the shifts β (the paper's Fig. 1; the block is DiT's, on GPT-NeoX's parallel layer). It starts at α = γ = 1
+    and β = 0 for every t, so with the weights of a teacher layer, x + u(x, t) is that layer exactly.
+
+    config: the teacher's GPTNeoXConfig. layer: the teacher layer whose weights to start from; None: random weights.
+    """
+
+    def __init__(self, config, layer=None):
+        super().__init__()
+        self.layer = GPTNeoXLayer(config, layer_idx=0)  # a container of parts: its own forward is never called
+        if layer is not None:
+            self.layer.load_state_dict(layer.state_dict())
+        self.register_buffer("frequencies", torch.logspace(0, 1, TIME_CHANNELS // 2, base=FASTEST), persistent=False)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(TIME_CHANNELS, TIME_CHANNELS), nn.SiLU(), nn.Linear(TIME_CHANNELS, 6 * config.hidden_size)
+        )
+        nn.init.zeros_(self.time_mlp[-1].weight)
+        nn.init.zeros_(self.time_mlp[-1].bias)
+
+    def forward(self, x, t, **context):
+        """The velocity at state x and time t, (batch, seq, hidden).
+
+        x: (batch, seq, hidden). t: a number, or a tensor (batch, 1, 1) with a time for each sequence.
+        context: what the teacher's attention wants beside x: attention_mask, position_embeddings, a cache.
+        """
+        angles = t * self.frequencies
+        vectors = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1)).to(x.dtype)  # (batch, 1, 6 hidden)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+
+        layer = self.layer
+        attention, _ = layer.attention(layer.input_layernorm(x) * (1 + scale1) + shift1, **context)
+        attention = (1 + gate1) * attention
+        # Pythia's layers are parallel. Others of the family feed the attention's result to the MLP.
+        y = x if layer.use_parallel_residual else x + attention
+        mlp = layer.mlp(layer.post_attention_layernorm(y) * (1 + scale2) + shift2)
+        return attention + (1 + gate2) * mlp
+
+
+# 2. The solvers. One step carries the state from time t to time s; times are numbers, or (batch, 1, 1) each.
+
+
+def euler(velocity, x, t, s):
+    """One Euler step from time t to time s (Eq. 4): one evaluation of the velocity, error of order 1."""
+    return x + (s - t) * velocity(x, t)
+
+
+def midpoint(velocity, x, t, s):
+    """One midpoint step from time t to time s (Eq. 5): two evaluations of the velocity, error of order 2."""
+    d = s - t
+    halfway = x + d / 2 * velocity(x, t)
+    return x + d * velocity(halfway, t + d / 2)
+
+
+SOLVERS = {"euler": euler, "midpoint": midpoint}
+EVALUATIONS = {"euler": 1, "midpoint": 2}  # of the velocity, in a step
+
+
+def integrate(velocity, x, times, solver="midpoint"):
+    """Walk the state x through a list of times, each step starting where the last one landed.
+
+    Inference (Alg. 3) walks `even_times(k)`; Flow Walking (Alg. 2) walks random times.
+    """
+    for t, s in itertools.pairwise(times):
+        x = SOLVERS[solver](velocity, x, t, s)
+    return x
+
+
+def even_times(steps):
+    """The times 0, 1/steps, …, 1 of an inference in `steps` equal steps (Alg. 3)."""
+    return [i / steps for i in range(steps + 1)]
+
+
+# 3. The layer that stands where the span stood
+
+
+class CacheSlot:
+    """A view of a transformers KV cache that puts whatever is written into one given slot."""
+
+    def __init__(self, cache, slot):
+        self.cache, self.slot = cache, slot
+
+    def update(self, keys, values, layer_idx):
+        return self.cache.update(keys, values, self.slot)
+
+
+class FlowLayer(nn.Module):
+    """Carries the state entering layer `start` to the state entering layer `end`, in `steps` equal steps of `solver`.
+
+    It is called like a decoder layer. The velocity is evaluated several times a token, with other keys and values each
+    time, so each evaluation has a slot of its own in the KV cache: those of the layers that the flow replaces.
+    """
+
+    def __init__(self, velocity, start, end, solver, steps):
+        super().__init__()
+        self.velocity, self.start, self.end, self.solver, self.steps = velocity, start, end, solver, steps
+
+    def forward(self, x, layer_past=None, **context):
+        slots = iter(range(self.start, self.end))
+        evaluations = self.steps * EVALUATIONS[self.solver]
+        if layer_past is not None and evaluations > len(range(self.start, self.end)):
+            raise InputError(
+                f"{self.solver} x{self.steps} evaluates the velocity {evaluations} times, but the layers {layer_range(self.start, self.end)} "
+                f"leave {self.end - self.start} cache slots: take fewer steps, or call the model with use_cache=False"
+            )
+
+        def velocity(x, t):
+            cache = None if layer_past is None else CacheSlot(layer_past, next(slots))
+            return self.velocity(x, t, layer_past=cache, **context)
+
+        return integrate(velocity, x, even_times(self.steps), self.solver)
+
+
+# 4. The teacher, its hidden states, and the student
+
+
+TINY_TEACHER = "tiny_teacher"  # the embedded teacher, in the folder of that name beside this file
+
+
+def load_teacher(name, device="cpu"):
+    """Load a GPT-NeoX teacher, frozen, in float32 (autocast makes it bfloat16 where wanted), and its tokenizer.
+
+    name: "tiny_teacher", a folder, or a model on the hub such as "EleutherAI/pythia-410m".
+    Raises InputError if there is no such model, if it is not a GPT-NeoX, or if its file lacks weights.
+    """
+    path = Path(__file__).parent / name if name == TINY_TEACHER else name
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+        if family != "gpt_neox":
+            raise InputError(f"teacher {name} is a {family} model: give a GPT-NeoX, such as EleutherAI/pythia-410m")
+        teacher, report = GPTNeoXForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"no teacher at {name}: it is neither a folder with a transformers model nor a hub model that can be "
+            f"reached from here; correct the name, or use --teacher {TINY_TEACHER} ({type(error).__name__})"
+        ) from error
+    if report["missing_keys"]:
+        raise InputError(f"teacher {name} lacks {len(report['missing_keys'])} of its weights: give a whole model")
+    return teacher.requires_grad_(False).eval().to(device), tokenizer
+
+
+def layer_range(start, end):
+    """How every message names a span: by the first and the last layer that it replaces, "6..17" for 6 -> 18."""
+    return f"{start}..{end - 1}"
+
+
+def check_span(teacher, start, end):
+    """Raise InputError unless 0 <= start < end <= the teacher's number of layers."""
+    layers = teacher.config.num_hidden_layers
+    if not 0 <= start < end <= layers:
+        raise InputError(
+            f"--start {start} --end {end} is no span of this teacher's {layers} layers: give 0 <= start < end <= {layers} "
+            f"(the end is not replaced: 6 18 means layers {layer_range(6, 18)})"
+        )
+
+
+def embed(model, ids, attention_mask=None):
+    """The state entering layer 0, and the context that every layer is called with.
+
+    ids: (batch, seq). attention_mask: (batch, seq), 0 at padding, or None. Returns x (batch, seq, hidden) and a dict.
+    """
+    x = model.gpt_neox.embed_in(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    mask = create_causal_mask(
+        config=model.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None, position_ids=positions
+    )
+    return x, {"attention_mask": mask, "position_embeddings": model.gpt_neox.rotary_emb(x, positions)}
+
+
+def run_layers(model, x, start, end, context):
+    """Carry the state entering layer `start` through layers [start, end)."""
+    for layer in model.gpt_neox.layers[start:end]:
+        x = layer(x, **context)
+    return x
+
+
+@torch.no_grad()
+def hidden_pair(teacher, ids, start, end, attention_mask=None):
+    """The training pair for a span: the states x0 entering layer `start` and x1 entering layer `end`.
+
+    Only layers [0, end) run. If the span ends the model, x1 is the state before the final norm. Returns x0, x1, both
+    (batch, seq, hidden), and the context to call the velocity with.
+    """
+    x, context = embed(teacher, ids, attention_mask)
+    x0 = run_layers(teacher, x, 0, start, context)
+    x1 = run_layers(teacher, x0, start, end, context)
+    return x0, x1, context
+
+
+def replace_span(teacher, start, end, flow=None):
+    """The student: the teacher with layers [start, end) replaced by a FlowLayer, or by nothing (skipping).
+
+    Returns a GPTNeoXForCausalLM of its own that shares the teacher's weights; the teacher is left as it was.
+    """
+    check_span(teacher, start, end)
+    shared = {id(weight): weight for weight in teacher.parameters()}
+    student = copy.deepcopy(teacher, shared)  # copies the modules but not the weights
+    layers = student.gpt_neox.layers
+    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([] if flow is None else [flow]), *layers[end:]])
+    if flow is None:  # a shorter model of the same kind, whose layers count their cache slots anew
+        student.config.num_hidden_layers = len(student.gpt_neox.layers)
+        for index, layer in enumerate(student.gpt_neox.layers):
+            layer.attention.layer_idx = index
+    return student
+
+
+# 5. Text
+
+
+def is_held_out(name):
+    """Whether a file of the standard library is among the 1 in 20 that are never trained on, by a hash of its path."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
+
+
+def stdlib_documents(split):
+    """Yield the source files of the running Python's standard library, tests left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not any(part in ("site-packages", "test", "tests") or part.endswith("_test") for part in name.parts):
+            if is_held_out(name.as_posix()) == (split == "held-out"):
+                yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def file_documents(pattern, split):
+    """Yield the text files that a path or a glob names; the last twentieth of each is its held-out part."""
+    for path in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        cut = len(text) * 19 // 20
+        yield text[cut:] if split == "held-out" else text[:cut]
+
+
+def hub_documents(name, split):
+    """Yield the column "text" of a hub data set, streamed; held out is its validation split, or else its test split."""
+    try:
+        splits = load_dataset(name, streaming=True)
+        wanted = ["validation", "test"] if split == "held-out" else ["train"]
+        rows = next((splits[key] for key in wanted if key in splits), None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"no text at {name}: it is neither a file here nor a hub data set that can be reached and read from here; "
+            f"correct the name, or use --data stdlib ({type(error).__name__})"
+        ) from error
+    if rows is None:
+        raise InputError(f"data set {name} has no split {' or '.join(wanted)}, only {', '.join(splits)}: use another")
+    for row in rows:
+        if "text" not in row:
+            raise InputError(f'data set {name} has no column "text", only {", ".join(row)}: use another')
+        yield row["text"]
+
+
+def is_local(data):
+    """Whether `data` names text on this machine, and not a data set on the hub."""
+    return data == "stdlib" or os.path.exists(data) or any(sign in data for sign in "*?[")
+
+
+def documents(data, split):
+    """Yield the texts of one pass over `data`: "stdlib", a path or glob of text files, or a data set on the hub.
+
+    split: "train" or "held-out", which share no text. Raises InputError if there is no such data set.
+    """
+    if data == "stdlib":
+        return stdlib_documents(split)
+    return file_documents(data, split) if is_local(data) else hub_documents(data, split)
+
+
+def token_sequences(documents, tokenizer, seq_len):
+    """Join documents, each closed by the end-of-text token, and yield full sequences, (seq_len,) each."""
+    tokens = []
+    for text in documents:
+        tokens += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        full = len(tokens) // seq_len * seq_len
+        yield from torch.tensor(tokens[:full], dtype=torch.long).view(-1, seq_len)
+        tokens = tokens[full:]
+
+
+def text_sequences(data, split, tokenizer, seq_len):
+    """One pass over `data`, cut into sequences of seq_len tokens; raises InputError if there is not one of them."""
+    sequences = token_sequences(documents(data, split), tokenizer, seq_len)
+    first = next(sequences, None)
+    if first is None:
+        raise InputError(
+            f"data {data} holds less than one {split} sequence of {seq_len} tokens: give more text, as a file or as a "
+            "glob such as 'books/*.txt'"
+        )
+    return itertools.chain([first], sequences)
+
+
+def held_out_tokens(data, tokenizer, seq_len, tokens):
+    """About `tokens` held-out tokens of `data` in full sequences, one at least: (sequences, seq_len).
+
+    Taken at even distances from the whole held-out part of local text, and from the front of a streamed data set.
+    """
+    wanted = max(1, tokens // seq_len)
+    sequences = text_sequences(data, "held-out", tokenizer, seq_len)
+    if not is_local(data):
+        return torch.stack(list(itertools.islice(sequences, wanted)))
+    sequences = torch.stack(list(sequences))
+    return sequences[torch.linspace(0, len(sequences) - 1, min(wanted, len(sequences))).long()]
+
+
+def token_batches(data, tokenizer, batch_size, seq_len, seed):
+    """Training batches (batch, seq) without end, one pass over `data` after another.
+
+    Local text is held in memory, and its sequences come in a new order each pass. A hub data set is streamed, in the
+    order it has there. Raises InputError, before anything is yielded, if there is not one sequence of text.
+    """
+    sequences = text_sequences(data, "train", tokenizer, seq_len)
+    if is_local(data):
+        sequences = torch.stack(list(sequences))
+        generator = torch.Generator().manual_seed(seed)
+        passes = (sequences[torch.randperm(len(sequences), generator=generator)] for _ in itertools.count())
+    else:
+        later = (text_sequences(data, "train", tokenizer, seq_len) for _ in itertools.count())
+        passes = itertools.chain([sequences], later)
+    flat = itertools.chain.from_iterable(passes)
+    return (torch.stack(list(itertools.islice(flat, batch_size))) for _ in itertools.count())
+
+
+# 6. Saving and loading a flow: a folder with flow.safetensors, the velocity's weights, and flow.json, what they are for
+
+
+FORMAT = 1
+
+
+def fingerprint(teacher):
+    """A hash of the teacher's weights, so that a flow is never put into another model than its own."""
+    digest = hashlib.sha256()
+    for weight in teacher.parameters():
+        digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def describe_teacher(teacher):
+    """What a flow's flow.json says of its teacher, and what is compared when the flow is loaded."""
+    config = teacher.config
+    return {
+        "family": config.model_type, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads, "fingerprint": fingerprint(teacher),
+    }  # fmt: skip
+
+
+def save_flow(folder, velocity, info):
+    """Write flow.safetensors and flow.json into `folder`, each under a temporary name first, so never in part.
+
+    info: a dict of at least "teacher" (its name), "teacher_is" (describe_teacher), "start", "end", "solver", "steps".
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(velocity.state_dict(), folder / "flow.safetensors.part")
+    (folder / "flow.json.part").write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n")
+    for name in ("flow.safetensors", "flow.json"):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def read_info(folder):
+    """What flow.json in `folder` says; raises InputError if there is no run there, or one cut short."""
+    try:
+        info = json.loads((Path(folder) / "flow.json").read_text())
+        if info["format"] != FORMAT:
+            raise InputError(f"run {folder} has format {info['format']}, and this code reads {FORMAT}: train it anew")
+        return {key: info[key] for key in ("teacher", "teacher_is", "start", "end", "solver", "steps", "data")} | info
+    except OSError as error:
+        raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the flow.json of run {folder} is damaged or cut short: train it anew") from error
+
+
+def load_flow(folder, teacher):
+    """Load a saved flow for this teacher: its VelocityBlock, on the teacher's device, and its info.
+
+    Raises InputError if the run is missing or cut short, or was trained on another teacher.
+    """
+    info = read_info(folder)
+    for key, value in describe_teacher(teacher).items():
+        if info["teacher_is"].get(key) != value:
+            raise InputError(
+                f"run {folder} was trained on another teacher: its {key} is {info['teacher_is'].get(key)}, this "
+                f"one's is {value}; give the teacher that it was trained on, {info['teacher']}"
+            )
+    check_span(teacher, info["start"], info["end"])
+    velocity = VelocityBlock(teacher.config)
+    try:
+        velocity.load_state_dict(load_file(Path(folder) / "flow.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"the flow.safetensors of run {folder} is missing, damaged or cut short: train it anew") from error
+    return velocity.eval().to(next(teacher.parameters()).device), info
+
+
+# 7. What the scripts share
+
+
+def default_seq_len(teacher):
+    """The tokens in a sequence unless asked otherwise: half the teacher's positions."""
+    return teacher.config.max_position_embeddings // 2
+
+
+def check_seq_len(teacher, seq_len):
+    """Raise InputError unless a sequence of seq_len tokens fits the teacher and has a next token to predict."""
+    positions = teacher.config.max_position_embeddings
+    if not 2 <= seq_len <= positions:
+        raise InputError(f"--seq-len {seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
+
+
+def pick_device(name=None):
+    """The device of that name, "cpu" or "cuda"; None: a CUDA GPU if there is one. Raises InputError if there is none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise InputError(f"--device {name} is not to be had on this machine: use --device cpu") from error
+    return device
+
+
+def check_positive(args, *options):
+    """Raise InputError if one of these options is given and below 1."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} {value} is too small: give at least 1")
+
+
+def run_script(main):
+    """Run a script's main function; bad input ends in its one sentence on standard error, and exit status 2."""
+    logging.disable_progress_bar()  # transformers' own, over the loading of weights
+    huggingface_hub.logging.set_verbosity_error()  # a hub out of reach is reported once, by us
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
