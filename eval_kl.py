@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lft import (
-    EVALUATIONS, SOLVERS, FlowLayer, InputError, check_positive, default_seq_len, embed, held_out_tokens, layer_range,
+    EVALUATIONS, SOLVERS, FlowLayer, InputError, check_positive, embed, held_out_tokens, layer_range,
     load_flow, load_teacher, pick_device, read_info, run_layers, run_script,
 )  # fmt: skip
 
@@ -71,7 +71,6 @@ def evaluate(teacher, sequences, end, rows, title=None):
     rows: {name: row}. Returns {name: {measure: (sequences,)}}, a mean over each sequence's tokens: "kl" in nats, "nll" in
     nats, "agreement" of the top tokens, and the squared "error" and squared "norm" of the state entering layer `end`.
     """
-    teacher.eval()
     device = next(teacher.parameters()).device
     scores = {name: [] for name in rows}
     batches = sequences.split(max(1, 4096 // sequences.shape[1]))
@@ -117,7 +116,12 @@ SKIPS = (1, 2, 3, 4)
 RANKED_PART = 8  # the placements of skipped layers are many: every eighth sequence ranks them
 
 
-def table(teacher, velocity, sequences, start, end):
+def kl_text(summary):
+    """A KL and its standard error, where there are sequences enough to have one."""
+    return f"{summary['kl']:.4f}" + (f" ± {summary['kl_stderr']:.4f}" if summary["kl_stderr"] is not None else "")
+
+
+def table(teacher, velocity, sequences, start, end, trained_steps=3):
     """All rows of the table, over held-out sequences (sequences, seq): a list of dicts, in the order of printing.
 
     The best placements for skipping are found on every eighth sequence and scored on all of them; a mean over placements
@@ -130,7 +134,7 @@ def table(teacher, velocity, sequences, start, end):
 
     rows = {"teacher": (None, 0, teacher_row(end))}  # name: layers replaced, velocity evaluations, row
     for solver in SOLVERS:
-        for steps in FLOW_STEPS:
+        for steps in sorted({*FLOW_STEPS, trained_steps}):
             flow = FlowLayer(velocity, start, end, solver, steps)
             rows[f"LFT {solver} x{steps}"] = (layer_range(start, end), steps * EVALUATIONS[solver], flow_row(flow))
     rows["span dropped"] = (layer_range(start, end), 0, skip_row(start, end - start, end))
@@ -161,13 +165,13 @@ def print_table(rows, end):
     """Print the rows that `table` returned, with units and direction."""
     print(
         "KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer "
-        f"{end}, perplexity: lower is better.\nTop-1, how often the top token is the teacher's: higher is better.\n"
+        f"{end}, perplexity: lower is better.\nTop-1, how often the top token is the teacher's: higher is better. Means over "
+        f"placements are of {rows[-1]['tokens']:,} of the tokens (geometric for the perplexity).\n"
     )
     print(f"{'':28}{'layers':>11}{'velocity':>13}\n{'row':28}{'replaced':>11}{'evaluations':>13}{'KL':>18}{'NMSE':>9}{'perplexity':>12}{'top-1':>8}")
     for row in rows:
-        kl = f"{row['kl']:.4f}" + (f" ± {row['kl_stderr']:.4f}" if row["kl_stderr"] is not None else "")
         print(
-            f"{row['name']:28}{row['layers_replaced'] or '-':>11}{row['evaluations'] or '-':>13}{kl:>18}{row['nmse']:>9.4f}"
+            f"{row['name']:28}{row['layers_replaced'] or '-':>11}{row['evaluations'] or '-':>13}{kl_text(row):>18}{row['nmse']:>9.4f}"
             f"{row['perplexity']:>12.2f}{row['top1_agreement']:>8.1%}"
         )
 
@@ -176,24 +180,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("run", help="folder that train_fm.py or train_fw.py wrote")
+    add("--teacher", help="where the run's teacher is now (default: where it was in training)")
     add("--data", help="stdlib, a text file, a glob, or a hub data set; its held-out part is read (default: what the run was trained on)")
     add("--tokens", type=int, default=32_768, help="held-out tokens to score (default %(default)s)")
     add("--json", help="file to write the rows to as well (default: none)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     args = parser.parse_args()
     check_positive(args, "tokens")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise InputError(f"--json {args.json} is in no existing folder: make the folder first")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise InputError(f"--json {args.json} is no file in an existing folder: give one")
     device = pick_device(args.device)
-    teacher, tokenizer = load_teacher(read_info(args.run)["teacher"], device)
+    teacher, tokenizer = load_teacher(args.teacher or read_info(args.run)["teacher"], device)
     velocity, info = load_flow(args.run, teacher)
     start, end, data = info["start"], info["end"], args.data or info["data"]
-    sequences = held_out_tokens(data, tokenizer, default_seq_len(teacher), args.tokens)
+    sequences = held_out_tokens(data, tokenizer, info["seq_len"], args.tokens)
     print(
         f"teacher {info['teacher']}, data {data}, held-out part: {sequences.numel():,} tokens in {len(sequences)} sequences; "
         f"{args.run} replaces layers {layer_range(start, end)}, {end - start} of {teacher.config.num_hidden_layers}", flush=True
     )  # fmt: skip
-    rows = table(teacher, velocity, sequences, start, end)
+    rows = table(teacher, velocity, sequences, start, end, info["steps"])
     print_table(rows, end)
     if args.json:
         result = {"teacher": info["teacher"], "data": data, "start": start, "end": end, "tokens": sequences.numel(), "rows": rows}

@@ -25,39 +25,46 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from datasets import load_dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXForCausalLM
-from transformers.utils import logging
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+from transformers.utils import logging
 
 
 class InputError(Exception):
     """Bad input, told in one sentence that says what to do; the scripts print it and exit with status 2."""
 
 
+def first_line(error):
+    """What another library's error says, in short."""
+    return str(error).strip().split("\n")[0]
+
+
 # 1. The velocity field
 
 
 TIME_CHANNELS = 128
-FASTEST = 1000.0  # radians that the fastest channel of the time embedding turns while t goes from 0 to 1; the slowest: 1
+# While t goes from 0 to 1, the slowest channel of the time embedding turns by one radian and the fastest by this many,
+# so that every channel varies. A sinusoid made for positions 0, 1, 2, … would hardly move.
+FASTEST = 1000.0
 
 
 class VelocityBlock(nn.Module):
     """The velocity field u(x, t): one layer of the teacher's kind, without its outer residual, conditioned on time.
 
-    u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(x) + β2), where six vectors from t are the gates α, the scales
-    γ and the shifts β (the paper's Fig. 1; the block is DiT's, on GPT-NeoX's parallel layer). It starts at α = γ = 1
-    and β = 0 for every t, so with the weights of a teacher layer, x + u(x, t) is that layer exactly.
+    u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(x) + β2), where six vectors from t scale (γ), shift (β) and
+    gate (α) the two branches of GPT-NeoX's parallel layer, as in a DiT block (Fig. 1). It starts at α = γ = 1 and β = 0
+    for every t, so with the weights of a teacher layer, x + u(x, t) is that layer exactly.
 
     config: the teacher's GPTNeoXConfig. layer: the teacher layer whose weights to start from; None: random weights.
     """
 
     def __init__(self, config, layer=None):
         super().__init__()
-        self.layer = GPTNeoXLayer(config, layer_idx=0)  # a container of parts: its own forward is never called
+        self.layer = GPTNeoXLayer(config, layer_idx=0)  # taken for its parts: its own forward is never called
         if layer is not None:
             self.layer.load_state_dict(layer.state_dict())
         self.register_buffer("frequencies", torch.logspace(0, 1, TIME_CHANNELS // 2, base=FASTEST), persistent=False)
@@ -73,8 +80,9 @@ class VelocityBlock(nn.Module):
         x: (batch, seq, hidden). t: a number, or a tensor (batch, 1, 1) with a time for each sequence.
         context: what the teacher's attention wants beside x: attention_mask, position_embeddings, a cache.
         """
-        angles = t * self.frequencies
-        vectors = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1)).to(x.dtype)  # (batch, 1, 6 hidden)
+        angles = t * self.frequencies  # (channels / 2,), or (batch, 1, channels / 2)
+        vectors = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1)).to(x.dtype)
+        # DiT's names: β = shift, γ = 1 + scale, and α = 1 + gate. Each is (hidden,), or (batch, 1, hidden).
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
 
         layer = self.layer
@@ -147,10 +155,10 @@ class FlowLayer(nn.Module):
     def forward(self, x, layer_past=None, **context):
         slots = iter(range(self.start, self.end))
         evaluations = self.steps * EVALUATIONS[self.solver]
-        if layer_past is not None and evaluations > len(range(self.start, self.end)):
+        if layer_past is not None and evaluations > self.end - self.start:
             raise InputError(
-                f"{self.solver} x{self.steps} evaluates the velocity {evaluations} times, but the layers {layer_range(self.start, self.end)} "
-                f"leave {self.end - self.start} cache slots: take fewer steps, or call the model with use_cache=False"
+                f"{self.solver} x{self.steps} evaluates the velocity {evaluations} times and the replaced layers leave "
+                f"{self.end - self.start} cache slots: take fewer steps, or call the model with use_cache=False"
             )
 
         def velocity(x, t):
@@ -167,10 +175,10 @@ TINY_TEACHER = "tiny_teacher"  # the embedded teacher, in the folder of that nam
 
 
 def load_teacher(name, device="cpu"):
-    """Load a GPT-NeoX teacher, frozen, in float32 (autocast makes it bfloat16 where wanted), and its tokenizer.
+    """Load a GPT-NeoX teacher, frozen, in float32 whatever its files hold, and its tokenizer.
 
     name: "tiny_teacher", a folder, or a model on the hub such as "EleutherAI/pythia-410m".
-    Raises InputError if there is no such model, if it is not a GPT-NeoX, or if its file lacks weights.
+    Raises InputError if there is no such model, if it is not a GPT-NeoX, or if it lacks weights or a tokenizer.
     """
     path = Path(__file__).parent / name if name == TINY_TEACHER else name
     try:
@@ -181,13 +189,15 @@ def load_teacher(name, device="cpu"):
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"no teacher at {name}: it is neither a folder with a transformers model nor a hub model that can be "
-            f"reached from here; correct the name, or use --teacher {TINY_TEACHER} ({type(error).__name__})"
+            f"no teacher at {name}: it is neither a folder with a whole transformers model in safetensors nor such a model "
+            f"on a hub that can be reached; correct it, or use --teacher {TINY_TEACHER} ({first_line(error)})"
         ) from error
-    if report["missing_keys"]:
+    if report["missing_keys"]:  # transformers would make them up
         raise InputError(f"teacher {name} lacks {len(report['missing_keys'])} of its weights: give a whole model")
+    if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None or len(tokenizer) > teacher.config.vocab_size:
+        raise InputError(f"teacher {name} has no tokenizer that fits it: put the tokenizer's files into its folder")
     return teacher.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -201,20 +211,20 @@ def check_span(teacher, start, end):
     layers = teacher.config.num_hidden_layers
     if not 0 <= start < end <= layers:
         raise InputError(
-            f"--start {start} --end {end} is no span of this teacher's {layers} layers: give 0 <= start < end <= {layers} "
-            f"(the end is not replaced: 6 18 means layers {layer_range(6, 18)})"
+            f"{start} to {end} is no span of this teacher's {layers} layers: give 0 <= start < end <= {layers} (the end is "
+            f"not replaced: 6 to 18 means layers {layer_range(6, 18)})"
         )
 
 
-def embed(model, ids, attention_mask=None):
-    """The state entering layer 0, and the context that every layer is called with.
+def embed(model, ids):
+    """The state entering layer 0, (batch, seq, hidden), and the context that every layer is called with, a dict.
 
-    ids: (batch, seq). attention_mask: (batch, seq), 0 at padding, or None. Returns x (batch, seq, hidden) and a dict.
+    ids: (batch, seq), full sequences without padding.
     """
     x = model.gpt_neox.embed_in(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     mask = create_causal_mask(
-        config=model.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None, position_ids=positions
+        config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
     )
     return x, {"attention_mask": mask, "position_embeddings": model.gpt_neox.rotary_emb(x, positions)}
 
@@ -227,13 +237,13 @@ def run_layers(model, x, start, end, context):
 
 
 @torch.no_grad()
-def hidden_pair(teacher, ids, start, end, attention_mask=None):
+def hidden_pair(teacher, ids, start, end):
     """The training pair for a span: the states x0 entering layer `start` and x1 entering layer `end`.
 
     Only layers [0, end) run. If the span ends the model, x1 is the state before the final norm. Returns x0, x1, both
     (batch, seq, hidden), and the context to call the velocity with.
     """
-    x, context = embed(teacher, ids, attention_mask)
+    x, context = embed(teacher, ids)
     x0 = run_layers(teacher, x, 0, start, context)
     x1 = run_layers(teacher, x0, start, end, context)
     return x0, x1, context
@@ -276,29 +286,49 @@ def stdlib_documents(split):
 
 def file_documents(pattern, split):
     """Yield the text files that a path or a glob names; the last twentieth of each is its held-out part."""
-    for path in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
+        raise InputError(f"no file is named by {pattern}: give a text file, or a glob such as 'books/*.txt'")
+    for path in paths:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         cut = len(text) * 19 // 20
         yield text[cut:] if split == "held-out" else text[:cut]
 
 
+# For each of our splits, the hub's splits that serve, the best first, and their files.
+HUB_SPLITS = {"train": {"train": "train*"}, "held-out": {"validation": "val*", "test": "test*"}}
+
+
+def hub_split(name, split):
+    """The rows of a hub data set, streamed: its training split, or its validation or else its test split, or None."""
+    splits = load_dataset(name, streaming=True)
+    for key in HUB_SPLITS[split]:
+        if key in splits:
+            return splits[key]
+    for key, files in HUB_SPLITS[split].items():  # a folder train/ hides the files beside it, as in the Pile's data set
+        try:
+            return load_dataset(name, data_files={key: files}, split=key, streaming=True)
+        except FileNotFoundError:
+            continue
+    return None
+
+
 def hub_documents(name, split):
-    """Yield the column "text" of a hub data set, streamed; held out is its validation split, or else its test split."""
+    """Yield the column "text" of a hub data set, streamed."""
     try:
-        splits = load_dataset(name, streaming=True)
-        wanted = ["validation", "test"] if split == "held-out" else ["train"]
-        rows = next((splits[key] for key in wanted if key in splits), None)
+        rows = hub_split(name, split)
+        if rows is None:
+            raise InputError(f"data set {name} has no {' or '.join(HUB_SPLITS[split])} split: use another")
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise InputError(f'data set {name} has no text in a column "text", only {", ".join(row)}: use another')
+            yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"no text at {name}: it is neither a file here nor a hub data set that can be reached and read from here; "
-            f"correct the name, or use --data stdlib ({type(error).__name__})"
+            f"no text at {name}: it is neither a file here nor a hub data set that can be reached and read; correct the "
+            f"name, or use --data stdlib ({first_line(error)})"
         ) from error
-    if rows is None:
-        raise InputError(f"data set {name} has no split {' or '.join(wanted)}, only {', '.join(splits)}: use another")
-    for row in rows:
-        if "text" not in row:
-            raise InputError(f'data set {name} has no column "text", only {", ".join(row)}: use another')
-        yield row["text"]
 
 
 def is_local(data):
@@ -332,8 +362,8 @@ def text_sequences(data, split, tokenizer, seq_len):
     first = next(sequences, None)
     if first is None:
         raise InputError(
-            f"data {data} holds less than one {split} sequence of {seq_len} tokens: give more text, as a file or as a "
-            "glob such as 'books/*.txt'"
+            f"data {data} holds less than one {split} sequence of {seq_len} tokens: give more text, or a smaller "
+            "--seq-len (of local files, the last twentieth of each is held out)"
         )
     return itertools.chain([first], sequences)
 
@@ -388,18 +418,24 @@ def describe_teacher(teacher):
     config = teacher.config
     return {
         "family": config.model_type, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-        "heads": config.num_attention_heads, "fingerprint": fingerprint(teacher),
+        "fingerprint": fingerprint(teacher),
     }  # fmt: skip
+
+
+def made_for(info):
+    """What the weights file says of itself, so that it is never read with the flow.json of another run."""
+    return f"{info['teacher_is']['fingerprint']} {info['start']} {info['end']}"
 
 
 def save_flow(folder, velocity, info):
     """Write flow.safetensors and flow.json into `folder`, each under a temporary name first, so never in part.
 
-    info: a dict of at least "teacher" (its name), "teacher_is" (describe_teacher), "start", "end", "solver", "steps".
+    info: a dict of at least "teacher" (its name), "teacher_is" (describe_teacher), "start", "end", "solver", "steps",
+    "data" and "seq_len".
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(velocity.state_dict(), folder / "flow.safetensors.part")
+    save_file(velocity.state_dict(), folder / "flow.safetensors.part", metadata={"made_for": made_for(info)})
     (folder / "flow.json.part").write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n")
     for name in ("flow.safetensors", "flow.json"):
         os.replace(folder / f"{name}.part", folder / name)
@@ -411,7 +447,7 @@ def read_info(folder):
         info = json.loads((Path(folder) / "flow.json").read_text())
         if info["format"] != FORMAT:
             raise InputError(f"run {folder} has format {info['format']}, and this code reads {FORMAT}: train it anew")
-        return {key: info[key] for key in ("teacher", "teacher_is", "start", "end", "solver", "steps", "data")} | info
+        return {key: info[key] for key in ("teacher", "teacher_is", "start", "end", "solver", "steps", "data", "seq_len")} | info
     except OSError as error:
         raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -427,13 +463,16 @@ def load_flow(folder, teacher):
     for key, value in describe_teacher(teacher).items():
         if info["teacher_is"].get(key) != value:
             raise InputError(
-                f"run {folder} was trained on another teacher: its {key} is {info['teacher_is'].get(key)}, this "
-                f"one's is {value}; give the teacher that it was trained on, {info['teacher']}"
+                f"run {folder} was trained on another teacher, {info['teacher']} as it was then: its {key} is "
+                f"{info['teacher_is'].get(key)} and this one's {value}; give that teacher, or train anew"
             )
     check_span(teacher, info["start"], info["end"])
     velocity = VelocityBlock(teacher.config)
     try:
-        velocity.load_state_dict(load_file(Path(folder) / "flow.safetensors"))
+        with safe_open(Path(folder) / "flow.safetensors", "pt") as file:
+            if (file.metadata() or {}).get("made_for") != made_for(info):
+                raise InputError(f"the flow.safetensors and flow.json of run {folder} are of different runs: train it anew")
+            velocity.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"the flow.safetensors of run {folder} is missing, damaged or cut short: train it anew") from error
     return velocity.eval().to(next(teacher.parameters()).device), info
@@ -466,17 +505,18 @@ def pick_device(name=None):
 
 
 def check_positive(args, *options):
-    """Raise InputError if one of these options is given and below 1."""
+    """Raise InputError if one of these options is given and is not above 0."""
     for option in options:
         value = getattr(args, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value} is too small: give at least 1")
+        if value is not None and not value > 0:
+            raise InputError(f"--{option.replace('_', '-')} {value} is too small: give more than 0")
 
 
 def run_script(main):
     """Run a script's main function; bad input ends in its one sentence on standard error, and exit status 2."""
-    logging.disable_progress_bar()  # transformers' own, over the loading of weights
-    huggingface_hub.logging.set_verbosity_error()  # a hub out of reach is reported once, by us
+    logging.disable_progress_bar()  # what goes wrong while loading is said once, by us
+    logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         main()
     except InputError as error:

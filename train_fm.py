@@ -9,6 +9,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_kl import evaluate, flow_row, skip_row, summarise
+from eval_kl import evaluate, flow_row, kl_text, skip_row, summarise
 from lft import (
     TINY_TEACHER, FlowLayer, InputError, VelocityBlock, check_positive, check_seq_len, check_span, default_seq_len,
     describe_teacher, held_out_tokens, hidden_pair, layer_range, load_teacher, pick_device, run_script, save_flow, token_batches,
@@ -55,12 +56,12 @@ def parse_arguments(description, method, start, end):
 
 def init_layer(teacher, args):
     """The teacher layer that --init names, or None for random weights."""
-    numbers = {"middle": (args.start + args.end) // 2, "first": args.start, "random": None}
-    numbers |= {str(i): i for i in range(teacher.config.num_hidden_layers)}
-    if args.init not in numbers:
-        raise InputError(f"--init {args.init} is no layer of this teacher: give middle, first, random or 0..{teacher.config.num_hidden_layers - 1}")
-    number = numbers[args.init]
-    return None if number is None else teacher.gpt_neox.layers[number]
+    layers = teacher.gpt_neox.layers
+    named = {"middle": layers[(args.start + args.end) // 2], "first": layers[args.start], "random": None}
+    named |= {str(number): layer for number, layer in enumerate(layers)}
+    if args.init not in named:
+        raise InputError(f"--init {args.init} is no layer: give middle, first, random or 0..{len(layers) - 1}")
+    return named[args.init]
 
 
 def autocast(device):
@@ -89,7 +90,8 @@ def train(args, method, loss_of, solver, steps, notes=None):
     teacher_name = args.teacher or ("EleutherAI/pythia-410m" if device.type == "cuda" else TINY_TEACHER)
     data = args.data or ("stdlib" if teacher_name == TINY_TEACHER else "monology/pile-uncopyrighted")
     out = Path(args.out or f"runs/{method}-{args.start}-{args.end}")
-    if any((out / name).exists() for name in ("flow.json", "flow.safetensors")) and not args.overwrite:
+    occupied = any((out / name).exists() for name in ("flow.json", "flow.safetensors"))
+    if occupied and not args.overwrite:
         raise InputError(f"{out} holds a run already: give another --out, or --overwrite to replace it")
     teacher, tokenizer = load_teacher(teacher_name, device)
     check_span(teacher, args.start, args.end)
@@ -99,13 +101,19 @@ def train(args, method, loss_of, solver, steps, notes=None):
     velocity = VelocityBlock(teacher.config, init_layer(teacher, args)).to(device)
     held_out = held_out_tokens(data, tokenizer, seq_len, EVALUATE_TOKENS)
     batches = token_batches(data, tokenizer, args.batch_size, seq_len, args.seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made a folder ({error.strerror}): give another") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out {out} cannot be written to: give another")
     layers = f"layers {layer_range(args.start, args.end)}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     print(f"teacher {teacher_name}, data {data}, on {device}: one flow replaces {layers}", flush=True)
 
     lr = args.lr or 0.4 / teacher.config.hidden_size
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=lr, betas=(0.9, 0.95))
 
-    def lr_factor(step):  # a linear warm-up, then half a cosine down to a twentieth of the peak
+    def lr_factor(step):  # half a cosine from the peak down to a twentieth of it, times a linear warm-up
         return min(1, (step + 1) / WARM_UP) * (0.525 + 0.475 * math.cos(math.pi * step / args.max_steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
@@ -117,7 +125,10 @@ def train(args, method, loss_of, solver, steps, notes=None):
         velocity.eval()
         summary = summarise(evaluate(teacher, held_out, args.end, {"row": row})["row"])
         velocity.train()
-        return f"NMSE {summary['nmse']:.4f}, KL {summary['kl']:.4f} ± {summary['kl_stderr'] or 0:.4f}"
+        return summary
+
+    def text_of(summary):
+        return f"NMSE {summary['nmse']:.4f}, KL {kl_text(summary)}"
 
     def save(done):
         save_flow(out, velocity, {
@@ -128,7 +139,7 @@ def train(args, method, loss_of, solver, steps, notes=None):
         })  # fmt: skip
 
     teacher_is = describe_teacher(teacher)
-    done, stopped = 0, None
+    done, stopped, good = 0, None, None  # good: the last weights that gave a finite loss
     progress = tqdm(total=args.max_steps * args.batch_size * seq_len, unit="tok", unit_scale=True)
     try:
         for ids in itertools.islice(batches, args.max_steps):
@@ -136,8 +147,10 @@ def train(args, method, loss_of, solver, steps, notes=None):
                 x0, x1, context = hidden_pair(teacher, ids.to(device), args.start, args.end)
                 loss = loss_of(functools.partial(velocity, **context), x0, x1)
             if not loss.isfinite():
-                velocity.load_state_dict(good)
                 stopped = f"the loss of step {done + 1} is {loss.item()}: try a lower --lr"
+                if good:  # the last update spoilt the weights: take it back
+                    velocity.load_state_dict(good)
+                    done -= 1
                 break
             good = {name: weight.clone() for name, weight in velocity.state_dict().items()}
             loss.backward()
@@ -148,18 +161,26 @@ def train(args, method, loss_of, solver, steps, notes=None):
             done += 1
             progress.update(ids.numel())
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            if done % EVALUATE_EVERY == 0:
+            if done % EVALUATE_EVERY == 0 or done == args.max_steps:
+                summary = score(student)
+                if not math.isfinite(summary["kl"]):
+                    stopped = f"the held-out KL after step {done} is {summary['kl']}: try a lower --lr"
+                    velocity.load_state_dict(good)
+                    done -= 1
+                    break
+                progress.write(f"step {done}: held-out {text_of(summary)}")
                 save(done)
-                progress.write(f"step {done}: held-out {score(student)}")
     except KeyboardInterrupt:
         stopped = "interrupted"
     finally:  # whatever ended the loop, what it trained is kept
         progress.close()
-        if done:
+        saved = good and (done or not occupied)  # an untrained flow is nothing to overwrite a run with
+        if saved:
             save(done)
     if stopped:
-        sys.exit(f"{stopped}; {out} holds the flow of step {done}" if done else f"{stopped}; nothing was saved")
-    print(f"held-out text, KL in nats per token, lower is better\n  student       {score(student)}\n  span dropped  {score(dropped)}")
+        sys.exit(f"{stopped}; {out} holds the flow of step {done}" if saved else f"{stopped}; nothing was saved")
+    print("held-out text, KL in nats per token, lower is better")
+    print(f"  student       {text_of(summary)}\n  span dropped  {text_of(score(dropped))}")
     print(f"saved in {out}: python eval_kl.py {out}")
 
 

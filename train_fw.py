@@ -6,10 +6,12 @@ Flow matching looks at points on the straight path from x0 to x1. Where such pat
 velocities, and which x0 belongs to which x1 is lost. Flow Walking asks only that a walk from x0, each step starting where
 the last one landed, ends at the right x1. The training loop is that of train_fm.py.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
-from lft import SOLVERS, check_positive, integrate, run_script
+from lft import SOLVERS, InputError, check_positive, integrate, run_script
 from train_fm import flow_matching_loss, parse_arguments, train
 
 
@@ -33,6 +35,8 @@ def main():
     add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
     args = parser.parse_args()
     check_positive(args, "steps")
+    if not 0 <= args.alpha < math.inf:
+        raise InputError(f"--alpha {args.alpha} is no weight: give 0 or more")
     options = {"steps": args.steps, "solver": args.solver}
 
     def loss_of(velocity, x0, x1):

@@ -1,0 +1,17 @@
+# make demo: everything on a fresh machine, with the embedded teacher. make test: the tests.
+
+PYTHON ?= python3
+
+demo: .venv/installed
+	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 400 --out runs/demo --overwrite
+	.venv/bin/python eval_kl.py runs/demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest -q test_lft.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: demo test

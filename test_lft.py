@@ -1,0 +1,773 @@
+"""Tests, each against an independent truth: a closed form, the library's own output, or a computation by hand.
+
+    python -m pytest test_lft.py
+"""
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file
+from transformers import BertConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import eval_kl
+import lft
+import train_fm
+import train_fw
+
+HERE = Path(__file__).parent
+
+
+def random_teacher(**options):
+    """A small GPT-NeoX with random weights, large enough that every part of a layer matters."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **options,
+    )  # fmt: skip
+    teacher = GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in teacher.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # which the library starts at 0 and 1, where mistakes do not show
+            weight += 0.2 * torch.randn_like(weight)
+    return teacher
+
+
+def random_velocity(teacher):
+    """A velocity block whose weights all matter: its time vectors are not zero."""
+    torch.manual_seed(1)
+    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
+    for weight in velocity.time_mlp[-1].parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return velocity.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small():
+    return random_teacher()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded teacher and its tokenizer."""
+    return lft.load_teacher("tiny_teacher")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(2))
+
+
+# The velocity field
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("t", [0.0, 0.37, torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1)])
+def test_velocity_starts_as_the_teacher_layer(ids, parallel, t):
+    teacher = random_teacher(use_parallel_residual=parallel)
+    x, context = lft.embed(teacher, ids)
+    for layer in teacher.gpt_neox.layers:
+        u = lft.VelocityBlock(teacher.config, layer)(x, t, **context)
+        torch.testing.assert_close(x + u, layer(x, **context))
+        assert torch.equal(x + u, layer(x, **context)) or not parallel  # to the last bit, for Pythia's parallel layers
+
+
+def test_velocity_is_the_formula_of_the_paper(small, ids):
+    velocity, t = random_velocity(small), 0.3
+    x, context = lft.embed(small, ids)
+    frequencies = torch.tensor([1000 ** (i / 63) for i in range(64)])
+    time = torch.cat([torch.sin(t * frequencies), torch.cos(t * frequencies)])
+    first, _, last = velocity.time_mlp
+    hidden = torch.nn.functional.silu(first.weight @ time + first.bias)
+    b1, g1, a1, b2, g2, a2 = (last.weight @ hidden + last.bias).view(6, 32) + torch.tensor([0, 1, 1, 0, 1, 1])[:, None]
+    layer = copy.deepcopy(small.gpt_neox.layers[2])
+    attention = layer.attention(g1 * layer.input_layernorm(x) + b1, **context)[0]
+    expected = a1 * attention + a2 * layer.mlp(g2 * layer.post_attention_layernorm(x) + b2)
+    torch.testing.assert_close(velocity(x, t, **context), expected)
+    assert (expected - velocity(x, 0.8, **context)).abs().max() > 0.1  # and time matters
+
+
+def test_every_channel_of_the_time_embedding_varies_over_the_unit_interval(small):
+    angles = torch.linspace(0, 1, 1001)[:, None] * lft.VelocityBlock(small.config).frequencies
+    for channels in (angles.sin(), angles.cos()):
+        assert (channels.amax(0) - channels.amin(0)).min() > 0.4
+
+
+def test_each_sequence_has_its_own_time(small, ids):
+    velocity = random_velocity(small)
+    x, context = lft.embed(small, ids)
+    times = [0.1, 0.5, 0.9]
+    together = velocity(x, torch.tensor(times).view(3, 1, 1), **context)
+    for i, t in enumerate(times):
+        torch.testing.assert_close(together[i : i + 1], velocity(x[i : i + 1], t, **context))
+
+
+# The solvers
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2)])
+def test_solvers_have_their_order(solver, order):
+    def velocity(x, t):  # dx/dt = (1 + 2t) x is solved by x(t) = x(0) exp(t + t²)
+        return (1 + 2 * t) * x
+
+    x0 = torch.tensor([[1.0], [-0.5]], dtype=torch.float64)
+    errors = [
+        (lft.integrate(velocity, x0, lft.even_times(k), solver) - x0 * math.exp(2)).abs().max().item() for k in (64, 128, 256)
+    ]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.06)
+
+
+def test_uneven_times_by_hand():
+    def velocity(x, t):
+        return x * t
+
+    t = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    # Euler from 0 to t changes nothing, as u(x, 0) = 0; from t to 1 it adds (1 - t) x t.
+    torch.testing.assert_close(lft.integrate(velocity, x, [0.0, t, 1.0], "euler"), x * (1 + (1 - t) * t))
+    # Midpoint from 0 to t evaluates at t/2, where the state is still x.
+    y = x * (1 + t * t / 2)
+    halfway = y * (1 + (1 - t) / 2 * t)
+    torch.testing.assert_close(lft.integrate(velocity, x, [0.0, t, 1.0]), y + (1 - t) * halfway * (1 + t) / 2)
+
+
+# The teacher and the student
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("start, end", [(0, 1), (0, 6), (2, 4), (5, 6)])
+def test_hidden_pair_is_transformers_own(ids, start, end, attention):
+    teacher = random_teacher()
+    teacher.set_attn_implementation(attention)
+    states = teacher(ids, output_hidden_states=True).hidden_states[:-1]  # the last is after the final norm
+    before_norm = []
+    handle = teacher.gpt_neox.final_layer_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+    teacher(ids)
+    handle.remove()
+    states = [*states, *before_norm]
+    x0, x1, _ = lft.hidden_pair(teacher, ids, start, end)
+    assert torch.equal(x0, states[start]) and torch.equal(x1, states[end])
+
+
+def test_hidden_pair_runs_no_layer_after_the_span(small, ids):
+    teacher = copy.deepcopy(small)
+    for part in (*teacher.gpt_neox.layers[4:], teacher.gpt_neox.final_layer_norm, teacher.get_output_embeddings()):
+        part.register_forward_pre_hook(lambda *_: pytest.fail("a layer after the span was run"))
+    lft.hidden_pair(teacher, ids, 1, 4)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_a_flow_of_one_layer_gives_the_teachers_logits(small, ids, layer):
+    velocity = lft.VelocityBlock(small.config, small.gpt_neox.layers[layer])
+    student = lft.replace_span(small, layer, layer + 1, lft.FlowLayer(velocity, layer, layer + 1, "euler", 1))
+    assert torch.equal(student(ids).logits, small(ids).logits)
+
+
+@pytest.mark.parametrize("start, end", [(0, 2), (2, 5), (4, 6), (0, 6)])
+def test_skipping_equals_a_model_rebuilt_without_those_layers(small, ids, start, end):
+    config = copy.deepcopy(small.config)
+    config.num_hidden_layers = 6 - (end - start)
+    rebuilt = GPTNeoXForCausalLM(config).eval()
+    kept = [layer for layer in range(6) if not start <= layer < end]
+    weights = {name: weight for name, weight in small.state_dict().items() if ".layers." not in name}
+    for new, old in enumerate(kept):
+        for name, weight in small.gpt_neox.layers[old].state_dict().items():
+            weights[f"gpt_neox.layers.{new}.{name}"] = weight
+    rebuilt.load_state_dict(weights)
+    assert torch.equal(lft.replace_span(small, start, end)(ids).logits, rebuilt(ids).logits)
+
+
+def test_the_teacher_is_shared_and_untouched(small, ids):
+    before, logits = lft.fingerprint(small), small(ids).logits
+    student = lft.replace_span(small, 1, 4, lft.FlowLayer(random_velocity(small), 1, 4, "euler", 2))
+    student(ids)
+    lft.replace_span(small, 0, 4)(ids)
+    assert lft.fingerprint(small) == before and torch.equal(small(ids).logits, logits)
+    assert len(small.gpt_neox.layers) == small.config.num_hidden_layers == 6
+    theirs = {id(weight) for weight in small.parameters()}
+    own = [name for name, weight in student.named_parameters() if id(weight) not in theirs]
+    assert own and all(name.startswith("gpt_neox.layers.1.velocity") for name in own)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("solver, steps, start, end", [("euler", 2, 0, 3), ("midpoint", 3, 1, 5), (None, None, 2, 6)])
+def test_padded_rows_give_the_logits_of_unpadded_ones(ids, attention, side, solver, steps, start, end):
+    teacher = random_teacher()
+    teacher.set_attn_implementation(attention)
+    flow = solver and lft.FlowLayer(random_velocity(teacher), start, end, solver, steps)
+    student = lft.replace_span(teacher, start, end, flow)
+    lengths = [20, 13, 1]
+    mask = torch.stack([torch.arange(20) < n for n in lengths])
+    mask = (mask.flip(1) if side == "left" else mask).long()
+    padded = torch.full_like(ids, 5)
+    for i, n in enumerate(lengths):
+        padded[i, mask[i].bool()] = ids[i, :n]
+    logits = student(padded, attention_mask=mask, use_cache=False).logits
+    for i, n in enumerate(lengths):
+        alone = student(ids[i : i + 1, :n], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[i, mask[i].bool()], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver, steps, start, end", [("euler", 3, 0, 3), ("midpoint", 1, 1, 5), (None, None, 0, 2)])
+def test_cached_logits_equal_uncached_ones(small, ids, solver, steps, start, end):
+    flow = solver and lft.FlowLayer(random_velocity(small), start, end, solver, steps)
+    student = lft.replace_span(small, start, end, flow)
+    cache = DynamicCache(config=student.config)
+    parts = [student(part, past_key_values=cache, use_cache=True).logits for part in ids.split([11, 1, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), student(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_without_slots_enough_is_refused(small, ids):
+    student = lft.replace_span(small, 1, 4, lft.FlowLayer(random_velocity(small), 1, 4, "midpoint", 2))
+    with pytest.raises(lft.InputError, match="evaluates the velocity 4 times and the replaced layers leave 3 cache slots"):
+        student(ids, use_cache=True)
+
+
+@pytest.mark.parametrize("start, end", [(3, 3), (4, 2), (-1, 2), (0, 7)])
+def test_a_span_outside_the_model_is_refused(small, start, end):
+    with pytest.raises(lft.InputError, match="this teacher's 6 layers"):
+        lft.replace_span(small, start, end)
+
+
+# The losses
+
+
+def test_flow_matching_loss_is_zero_for_the_true_velocity():
+    torch.manual_seed(0)
+    x0, x1 = torch.randn(2, 8, 5, 3, dtype=torch.float64)
+    assert train_fm.flow_matching_loss(lambda x, t: x1 - x0, x0, x1) == 0
+    # A field that knows only x and t, and a target x1 = a x0 + b that lets it: x_t = (1 + t(a-1)) x0 + t b.
+    a, b = 3.0, -0.7
+    field = lambda x, t: (a - 1) * (x - t * b) / (1 + t * (a - 1)) + b
+    assert train_fm.flow_matching_loss(field, x0, a * x0 + b) < 1e-12
+
+
+def test_flow_matching_loss_where_paths_cross_is_the_conditional_variance():
+    torch.manual_seed(0)
+    x0, x1 = torch.randn(2, 400_000, 1, 1, dtype=torch.float64)  # independent: x_t tells little of where it came from
+    # Of x1 - x0, given x_t, the mean is (2t-1) x_t / (t²+(1-t)²) and the variance 1 / (t²+(1-t)²): on average π/2.
+    best = lambda x, t: (2 * t - 1) * x / (t**2 + (1 - t) ** 2)
+    assert train_fm.flow_matching_loss(best, x0, x1).item() == pytest.approx(math.pi / 2, rel=0.01)
+
+
+def test_times_of_flow_matching_are_uniform_and_one_a_sequence():
+    seen = []
+    x0 = torch.zeros(20_000, 2, 1)
+    torch.manual_seed(0)
+    train_fm.flow_matching_loss(lambda x, t: seen.append((x, t)) or x, x0, x0 + 1)
+    x, t = seen[0]
+    assert torch.equal(x, t.expand_as(x))  # x_t on the path from 0 to 1 is t itself
+    quantiles = t.flatten().quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), atol=0.02, rtol=0)
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_gradient_of_flow_walking_is_that_of_a_loop_by_hand(double_precision, ids, solver, steps):
+    teacher = random_teacher()
+    velocity = random_velocity(teacher).requires_grad_(True)
+    x0, x1, context = lft.hidden_pair(teacher, ids, 1, 4)
+
+    def u(x, t):
+        return velocity(x, t, **context)
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(velocity.parameters()))])
+
+    torch.manual_seed(7)
+    loss = train_fw.flow_walking_loss(u, x0, x1, steps, solver)
+    torch.manual_seed(7)
+    draws = torch.rand(steps - 1, 3, 1, 1)
+    squares = 0
+    for i in range(3):  # one sequence after another
+        x, t = x0[i : i + 1], 0.0
+        for s in [*sorted(draws[:, i].flatten().tolist()), 1.0]:
+            k = velocity(x, t, **context)
+            if solver == "midpoint":
+                k = velocity(x + (s - t) / 2 * k, (s + t) / 2, **context)
+            x, t = x + (s - t) * k, s
+        squares = squares + ((x - x1[i : i + 1]) ** 2).sum()
+    by_hand = squares / x1.numel()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(gradient(loss), gradient(by_hand))
+
+
+def test_the_hybrid_adds_alpha_times_flow_matching(small, ids):
+    velocity = random_velocity(small)
+    x0, x1, context = lft.hidden_pair(small, ids, 1, 4)
+    u = lambda x, t: velocity(x, t, **context)
+    torch.manual_seed(3)
+    hybrid = train_fw.flow_walking_loss(u, x0, x1, alpha=0.1)
+    torch.manual_seed(3)
+    walking = train_fw.flow_walking_loss(u, x0, x1)
+    matching = train_fm.flow_matching_loss(u, x0, x1)
+    torch.testing.assert_close(hybrid, walking + 0.1 * matching)
+    assert matching > 0
+
+
+# The evaluation
+
+
+def test_one_sequence_has_no_standard_error(small):
+    sequences = torch.arange(24)[None]
+    row = {"dropped": eval_kl.skip_row(1, 2, 3)}
+    summary = eval_kl.summarise(eval_kl.evaluate(small, sequences, 3, row)["dropped"])
+    assert summary["kl_stderr"] is None and summary["kl"] > 0 and "±" not in eval_kl.kl_text(summary)
+
+
+def test_kl_equals_a_double_precision_reference():
+    torch.manual_seed(0)
+    teacher, student = 10 * torch.randn(2, 4, 7, 500)
+    p, q = (logits.double().softmax(-1).numpy() for logits in (teacher, student))
+    reference = torch.from_numpy((p * (torch.from_numpy(p).log().numpy() - torch.from_numpy(q).log().numpy())).sum(-1))
+    kl = eval_kl.kl_divergence(teacher, student)
+    assert kl.dtype == torch.float32 and kl.shape == (4, 7)
+    torch.testing.assert_close(kl.double(), reference, rtol=1e-5, atol=1e-6)
+    assert eval_kl.kl_divergence(teacher.half(), student.half()).dtype == torch.float32
+    # Two coins by hand, and which way round: KL(teacher || student).
+    coin = eval_kl.kl_divergence(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.9, 0.1]]]).log())
+    assert coin.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
+
+
+def test_the_table_scores_the_student_itself(small):
+    """Every row, whose states are shared, against the logits of a whole model, by transformers and in double precision."""
+    sequences = torch.randint(97, (16, 24), generator=torch.Generator().manual_seed(3))
+    velocity, start, end = random_velocity(small), 1, 4
+    rows = {row["name"]: row for row in eval_kl.table(small, velocity, sequences, start, end)}
+    teacher_logits = small(sequences, use_cache=False).logits.double()
+
+    def expect(row, model, n=16):
+        logits = model(sequences[:: 16 // n], use_cache=False).logits.double()
+        p = teacher_logits[:: 16 // n].softmax(-1)
+        kl = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean(1)
+        nll = -logits[:, :-1].log_softmax(-1).gather(-1, sequences[:: 16 // n, 1:, None]).mean()
+        assert row["kl"] == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6)
+        assert row["kl_stderr"] == pytest.approx((kl.var(unbiased=True) / n).sqrt().item(), rel=1e-3, abs=1e-6)
+        assert row["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
+        agreement = (logits.argmax(-1) == teacher_logits[:: 16 // n].argmax(-1)).double().mean().item()
+        assert row["top1_agreement"] == pytest.approx(agreement, abs=1e-6)
+        return kl.mean().item()
+
+    expect(rows["teacher"], small)
+    assert rows["teacher"]["kl"] == 0 and rows["teacher"]["nmse"] == 0 and rows["teacher"]["top1_agreement"] == 1
+    for solver in ("euler", "midpoint"):
+        for steps in (1, 2, 3, 8):
+            row = rows[f"LFT {solver} x{steps}"]
+            flow = lft.FlowLayer(velocity, start, end, solver, steps)
+            expect(row, lft.replace_span(small, start, end, flow))
+            assert row["layers_replaced"] == "1..3" and row["evaluations"] == steps * (2 if solver == "midpoint" else 1)
+            x0, x1, context = lft.hidden_pair(small, sequences, start, end)
+            nmse = ((flow(x0, **context) - x1).double().square().sum() / x1.double().square().sum()).item()
+            assert row["nmse"] == pytest.approx(nmse, rel=1e-4)
+    expect(rows["span dropped"], lft.replace_span(small, start, end))
+
+    for n in (1, 2, 3, 4):
+        ranked = {}
+        for first in range(6 - n + 1):
+            model = lft.replace_span(small, first, first + n)
+            p = teacher_logits[::8].softmax(-1)
+            q = model(sequences[::8], use_cache=False).logits.double().log_softmax(-1)
+            ranked[first] = (p * (p.log() - q)).sum(-1).mean().item()
+        inside = {first: kl for first, kl in ranked.items() if start <= first and first + n <= end}
+        for where, candidates in (("anywhere", ranked), ("inside span", inside)):
+            if candidates:
+                best, row = min(candidates, key=candidates.get), rows[f"skip {n}, best {where}"]
+                assert row["layers_replaced"] == f"{best}..{best + n - 1}"
+                expect(row, lft.replace_span(small, best, best + n))
+        assert (f"skip {n}, best inside span" in rows) == (f"skip {n}, mean inside span" in rows) == (n <= 3)
+        if inside:
+            assert rows[f"skip {n}, mean inside span"]["kl"] == pytest.approx(sum(inside.values()) / len(inside), rel=1e-4)
+
+
+@pytest.mark.parametrize("first, n, layers_left", [(0, 1, [1, 2, 3]), (1, 2, [0, 3]), (3, 2, [0, 1, 2]), (4, 2, [0, 1, 2, 3]), (2, 4, [0, 1])])
+def test_the_state_at_end_where_layers_are_skipped(small, ids, first, n, layers_left):
+    """NMSE is of the state entering layer `end`, here 4, whether the gap lies before, across or after it."""
+    x, context = lft.embed(small, ids)
+    states = [x]
+    for layer in small.gpt_neox.layers:
+        states.append(layer(states[-1], **context))
+    expected = x
+    for index in layers_left:
+        expected = small.gpt_neox.layers[index](expected, **context)
+    assert torch.equal(eval_kl.skip_row(first, n, 4)(small, states, context)[0], expected)
+
+
+# Text
+
+
+class Letters:
+    """A tokenizer that a test can read: one token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, verbose=False):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_documents_are_joined_by_end_of_text_and_cut_into_full_sequences():
+    sequences = list(lft.token_sequences(["abc", "", "defgh", "ij"], Letters(), 4))
+    text = "".join(chr(token) for sequence in sequences for token in sequence).replace("\0", "|")
+    assert [len(sequence) for sequence in sequences] == [4, 4, 4] and text == "abc||defgh|i"
+
+
+def test_the_files_held_out_stay_the_same():
+    """The embedded teacher has never seen these: another split would score it on what it was trained on."""
+    names = ["argparse.py", "asyncio/events.py", "codecs.py", "dataclasses.py", "email/parser.py", "functools.py", "heapq.py"]
+    held_out = ["asyncio/events.py", "codecs.py", "email/parser.py", "functools.py"]
+    assert [name for name in names if lft.is_held_out(name)] == held_out
+
+
+def test_stdlib_is_split_by_file(monkeypatch):
+    train, held_out = (list(lft.stdlib_documents(split)) for split in ("train", "held-out"))
+    assert not set(train) & set(held_out) - {""}
+    assert 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.07
+    library = Path(os.__file__).parent
+    source = (library / "argparse.py").read_text()
+    assert (source in held_out, source in train) == (lft.is_held_out("argparse.py"), not lft.is_held_out("argparse.py"))
+    monkeypatch.setattr(lft, "is_held_out", lambda name: True)
+    everything = set(lft.stdlib_documents("held-out"))
+    assert set(train) | set(held_out) == everything and not list(lft.stdlib_documents("train"))
+    assert not any("import unittest" in text and "class TestCase(unittest.TestCase" in text for text in everything)
+
+
+def test_local_files_are_split_within_each_file(tmp_path):
+    texts = ["a" * 190 + "b" * 10, "c" * 95 + "d" * 5]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    pattern = str(tmp_path / "*.txt")
+    assert list(lft.documents(pattern, "train")) == ["a" * 190, "c" * 95]
+    assert list(lft.documents(pattern, "held-out")) == ["b" * 10, "d" * 5]
+    assert list(lft.documents(str(tmp_path / "1.txt"), "held-out")) == ["d" * 5]
+
+
+def test_a_pass_over_local_text_holds_every_sequence_once_in_an_order_of_its_own(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + i // 4 % 26) for i in range(100)) + "." * 10)  # 26 sequences: aaaa bbbb … yyyy, then dots
+    batches = lft.token_batches(str(path), Letters(), 13, 4, seed=0)
+    one, two = (torch.cat([next(batches), next(batches)]) for _ in range(2))
+    expected = {tuple(sequence.tolist()) for sequence in lft.token_sequences(lft.documents(str(path), "train"), Letters(), 4)}
+    assert len(expected) == 26
+    for epoch in (one, two):
+        assert {tuple(sequence.tolist()) for sequence in epoch} == expected
+    assert not torch.equal(one, two)
+    again = lft.token_batches(str(path), Letters(), 13, 4, seed=0)
+    assert torch.equal(next(again), one[:13])
+    assert not torch.equal(next(lft.token_batches(str(path), Letters(), 13, 4, seed=1)), one[:13])
+
+
+def test_held_out_tokens_are_spread_over_the_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("." * 1900 + "".join(letter * 10 for letter in "abcdefghij"))
+    sequences = lft.held_out_tokens(str(path), Letters(), 10, 40)
+    assert ["".join(map(chr, sequence)) for sequence in sequences.tolist()] == [letter * 10 for letter in "adgj"]
+    assert lft.held_out_tokens(str(path), Letters(), 10, 10_000).shape == (10, 10)
+
+
+def write_shard(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_bytes(zstandard.compress(lines.encode()))
+
+
+def test_a_hub_data_set_is_streamed_with_its_own_splits(tmp_path, monkeypatch):
+    """The loading code of the hub's data sets, on a folder laid out like monology/pile-uncopyrighted."""
+    write_shard(tmp_path / "train" / "00.jsonl.zst", ["abcd", "efgh"])
+    write_shard(tmp_path / "train" / "01.jsonl.zst", ["ijkl"])
+    write_shard(tmp_path / "val.jsonl.zst", ["mnop"])
+    write_shard(tmp_path / "test.jsonl.zst", ["qrst"])
+    assert list(lft.hub_documents(str(tmp_path), "train")) == ["abcd", "efgh", "ijkl"]
+    assert list(lft.hub_documents(str(tmp_path), "held-out")) == ["mnop"]
+    monkeypatch.setattr(lft, "is_local", lambda data: False)
+    batches = lft.token_batches(str(tmp_path), Letters(), 2, 5, seed=0)
+    text = "".join(chr(token) for _ in range(3) for token in next(batches).flatten())
+    assert text.replace("\0", "|") == "abcd|efgh|ijkl|" * 2  # its own order, one pass after another
+    (tmp_path / "val.jsonl.zst").unlink()
+    assert list(lft.hub_documents(str(tmp_path), "held-out")) == ["qrst"]
+    (tmp_path / "test.jsonl.zst").unlink()
+    with pytest.raises(lft.InputError, match="has no validation or test split"):
+        list(lft.hub_documents(str(tmp_path), "held-out"))
+
+
+# Runs: saving, loading, and the scripts
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """The small random teacher as a folder, with the embedded teacher's tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = GPTNeoXConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    lft.load_teacher("tiny_teacher")[1].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text file that is quickly read."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((HERE / "lft.py").read_text())
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, teacher_folder, text):
+    """Run a script's main as its command would; returns exit status, standard output and standard error."""
+
+    def run(module, *options):
+        options = [str(option) for option in options]
+        defaults = {"--device": "cpu"}
+        if module is not eval_kl:
+            defaults |= {"--teacher": teacher_folder, "--data": text, "--start": 1, "--end": 4, "--max-steps": 3}
+        for name, value in defaults.items():
+            options += [] if name in options else [name, str(value)]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *options])
+        capsys.readouterr()
+        try:
+            lft.run_script(module.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def printed_kl(printed, row):
+    """The KL that a training script printed for a row of its last lines."""
+    return float(next(line for line in printed.splitlines() if line.strip().startswith(row)).split("KL ")[1].split()[0])
+
+
+@pytest.mark.parametrize("module, solver, steps", [(train_fm, "midpoint", 1), (train_fw, "midpoint", 3)])
+def test_a_run_is_saved_loaded_and_scored(script, tmp_path, module, solver, steps, teacher_folder, text):
+    out = tmp_path / "run"
+    status, trained, _ = script(module, "--out", out)
+    lines = trained.splitlines()
+    assert status == 0
+    assert lines[0] == f"teacher {teacher_folder}, data {text}, on cpu: one flow replaces layers 1..3, 3 of 6"
+    assert str(out) in lines[-1]
+    assert sorted(path.name for path in out.iterdir()) == ["flow.json", "flow.safetensors"]
+    info = json.loads((out / "flow.json").read_text())
+    assert (info["start"], info["end"], info["solver"], info["steps"], info["trained_steps"]) == (1, 4, solver, steps, 3)
+
+    teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    velocity, _ = lft.load_flow(out, teacher)
+    weights = load_file(out / "flow.safetensors")
+    assert weights.keys() == velocity.state_dict().keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in velocity.state_dict().items())
+    assert not torch.equal(velocity.layer.mlp.dense_h_to_4h.weight, teacher.gpt_neox.layers[2].mlp.dense_h_to_4h.weight)
+
+    status, printed, _ = script(eval_kl, out, "--tokens", 256, "--json", tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert status == 0 and table["tokens"] == 256 and (table["start"], table["end"]) == (1, 4)
+    names = [row["name"] for row in table["rows"]]
+    assert names[:3] == ["teacher", "LFT euler x1", "LFT euler x2"] and "skip 2, best anywhere" in names
+    assert all(name in printed for name in names)
+    keys = {"name", "layers_replaced", "evaluations", "kl", "kl_stderr", "nmse", "perplexity", "top1_agreement"}
+    assert all(keys <= row.keys() for row in table["rows"])
+
+    # The KL that training printed at the end is that of the student on the same held-out text.
+    held_out = lft.held_out_tokens(str(text), tokenizer, 32, train_fm.EVALUATE_TOKENS)
+    student = lft.replace_span(teacher, 1, 4, lft.FlowLayer(velocity, 1, 4, solver, steps))
+    p = teacher(held_out, use_cache=False).logits.double().log_softmax(-1)
+    q = student(held_out, use_cache=False).logits.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert printed_kl(trained, "student") == pytest.approx(kl, abs=6e-5)
+
+
+def test_training_brings_the_student_nearer(script, tmp_path):
+    """A short run on the embedded teacher leaves less than half of the KL of the dropped span."""
+    out = tmp_path / "run"
+    options = ["--teacher", "tiny_teacher", "--start", 4, "--end", 8, "--batch-size", 4, "--seq-len", 64]
+    status, printed, _ = script(train_fw, *options, "--out", out, "--max-steps", 60)
+    assert status == 0 and printed_kl(printed, "student") < 0.5 * printed_kl(printed, "span dropped")
+
+
+@pytest.mark.parametrize("init, layer", [("middle", 2), ("first", 1), ("5", 5), ("random", None)])
+def test_init_names_the_layer_to_start_from(small, init, layer):
+    args = train_fm.parse_arguments("", "fm", 1, 4).parse_args(["--init", init])
+    expected = None if layer is None else small.gpt_neox.layers[layer]
+    assert train_fm.init_layer(small, args) is expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(script, tmp_path, teacher_folder):
+    out = tmp_path / "run"
+    status, _, _ = script(train_fw, "--out", out, "--lr", 1e30, "--max-steps", 50)
+    assert "step" in status and "try a lower --lr" in status and f"{out} holds the flow of step 0" in status
+    info = json.loads((out / "flow.json").read_text())
+    assert info["trained_steps"] == 0
+    teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    velocity, _ = lft.load_flow(out, teacher)
+    middle = teacher.gpt_neox.layers[2].state_dict()  # where it started
+    assert all(torch.equal(weight, middle[name]) for name, weight in velocity.layer.state_dict().items())
+
+
+def test_a_failed_run_keeps_its_last_good_step_and_never_overwrites_with_nothing(script, tmp_path, monkeypatch):
+    out, losses = tmp_path / "run", iter([1, 1, 1, math.nan])
+    flow_matching_loss = train_fm.flow_matching_loss
+    monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args: flow_matching_loss(*args) * next(losses))
+    status, _, _ = script(train_fm, "--out", out, "--max-steps", 9)
+    assert "the loss of step 4 is nan" in status and f"{out} holds the flow of step 2" in status
+    assert json.loads((out / "flow.json").read_text())["trained_steps"] == 2
+    before = listing(out)
+    for first, last in [([1], "the loss of step 2 is nan"), ([], "the loss of step 1 is nan")]:
+        losses = iter([*first, math.nan])
+        status, _, _ = script(train_fm, "--out", out, "--overwrite")
+        assert last in status and "nothing was saved" in status and listing(out) == before
+    losses = itertools.repeat(1)
+    assert script(train_fm, "--out", out, "--overwrite")[0] == 0
+    assert json.loads((out / "flow.json").read_text())["trained_steps"] == 3
+
+
+def test_held_out_scores_and_the_flow_come_every_so_often(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fm, "EVALUATE_EVERY", 2)
+    saved = []
+    monkeypatch.setattr(train_fm, "save_flow", lambda folder, velocity, info: saved.append(info["trained_steps"]))
+    status, printed, _ = script(train_fm, "--out", tmp_path / "run", "--max-steps", 5)
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "step 5"]
+    assert all("held-out NMSE 0." in line and "KL " in line for line in lines) and saved == [2, 4, 5, 5]
+
+
+def test_ctrl_c_saves_and_says_where(tmp_path, teacher_folder, text):
+    out = tmp_path / "run"
+    options = ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--out", out, "--max-steps", 10**6]
+    options += ["--device", "cpu"]
+    command = [sys.executable, HERE / "train_fm.py", *map(str, options)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while "replaces layers" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and f"interrupted; {out} holds the flow of step" in errors and "Traceback" not in errors
+    info = json.loads((out / "flow.json").read_text())
+    assert info["trained_steps"] > 0 and f"of step {info['trained_steps']}" in errors
+    lft.load_flow(out, lft.load_teacher(str(teacher_folder))[0])
+
+
+def listing(folder):
+    return sorted((str(path), path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--start", 4, "--end", 4], "6 layers"),
+        (["--start", 4, "--end", 2], "6 layers"),
+        (["--start", -1, "--end", 2], "6 layers"),
+        (["--start", 2, "--end", 7], "6 layers"),
+        (["--teacher", "bert"], "is a bert model: give a GPT-NeoX"),
+        (["--teacher", "/no/such/folder"], "neither a folder"),
+        (["--teacher", "empty"], "neither a folder"),
+        (["--teacher", "headless"], "lacks 12 of its weights"),
+        (["--data", "no/such/*.txt"], "no file is named by"),
+        (["--data", "empty"], "no file is named by"),
+        (["--alpha", "-0.1"], "give 0 or more"),
+        (["--lr", "0"], "--lr 0.0 is too small"),
+        (["--teacher", "speechless"], "has no tokenizer that fits it"),
+        (["--data", "short.txt"], "less than one"),
+        (["--data", "/no/such/file.txt"], "neither a file"),
+        (["--seq-len", 65], "give 2 to 64"),
+        (["--seq-len", 0], "--seq-len 0 is too small"),
+        (["--max-steps", 0], "--max-steps 0 is too small"),
+        (["--batch-size", -1], "--batch-size -1 is too small"),
+        (["--steps", 0], "--steps 0 is too small"),
+        (["--init", "last"], "give middle, first, random or 0..5"),
+        (["--out", "taken"], "holds a run already"),
+        (["--out", "short.txt"], "cannot be made a folder"),
+        pytest.param(
+            ["--device", "cuda"], "use --device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+        ),
+    ],
+)
+def test_bad_input_to_training_ends_in_one_sentence(script, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    BertConfig().save_pretrained("bert")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "flow.json").write_text("{}")
+    (tmp_path / "short.txt").write_text("too short")
+    teacher = random_teacher()
+    teacher.save_pretrained("speechless")
+    del teacher.gpt_neox.layers[3]
+    teacher.save_pretrained("headless")
+    before = listing(tmp_path)
+    status, printed, errors = script(train_fw, *options)
+    assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+    assert printed == "" and listing(tmp_path) == before
+
+
+def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, tmp_path, teacher_folder):
+    out = tmp_path / "run"
+    assert script(train_fm, "--out", out, "--max-steps", 1)[0] == 0
+    whole = {path: path.read_bytes() for path in out.iterdir()}
+    other = tmp_path / "other"
+    teacher = lft.load_teacher(str(teacher_folder))[0]
+    teacher.gpt_neox.layers[5].mlp.dense_h_to_4h.bias[3] += 1e-3  # one weight of a layer that the flow never sees
+    teacher.save_pretrained(other)
+    lft.load_teacher("tiny_teacher")[1].save_pretrained(other)
+
+    def changed(**values):
+        (out / "flow.json").write_text(json.dumps(json.loads(whole[out / "flow.json"]) | values))
+
+    def shorten(name):
+        (out / name).write_bytes(whole[out / name][: len(whole[out / name]) // 2])
+
+    for damage, message in [
+        (lambda: (out / "flow.json").unlink(), "no run at"),
+        (lambda: (out / "flow.safetensors").unlink(), "flow.safetensors of run"),
+        (lambda: shorten("flow.json"), "damaged or cut short"),
+        (lambda: shorten("flow.safetensors"), "damaged or cut short"),
+        (lambda: (out / "flow.json").write_text("[]"), "damaged or cut short"),
+        (lambda: changed(format=99), "has format 99"),
+        (lambda: changed(teacher=str(other)), "another teacher: its fingerprint"),
+        (lambda: changed(teacher="tiny_teacher"), "another teacher: its layers is 6, this one's is 24"),
+        (lambda: changed(end=7), "6 layers"),
+        (lambda: changed(start=0), "are of different runs"),
+    ]:
+        for path, content in whole.items():
+            path.write_bytes(content)
+        damage()
+        before = listing(out)
+        status, printed, errors = script(eval_kl, out, "--json", tmp_path / "table.json")
+        assert status == 2 and printed == "" and message in errors and errors.count("\n") == 1, message
+        assert listing(out) == before and not (tmp_path / "table.json").exists()
+    status, _, errors = script(eval_kl, tmp_path / "nowhere")
+    assert status == 2 and "no run at" in errors
+
+
+@pytest.mark.parametrize("teacher, data", [("EleutherAI/pythia-410m", "stdlib"), ("tiny_teacher", "monology/pile-uncopyrighted")])
+def test_a_hub_out_of_reach_names_the_way_out(tmp_path, teacher, data):
+    """As a command, in a process of its own: the sentence alone, no traceback."""
+    command = [sys.executable, HERE / "train_fw.py", "--max-steps", "1", "--teacher", teacher, "--data", data, "--device", "cpu"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    )
+    way_out = "use --data stdlib" if teacher == "tiny_teacher" else "use --teacher tiny_teacher"
+    assert result.returncode == 2 and way_out in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
