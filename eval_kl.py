@@ -166,7 +166,7 @@ def print_table(rows, end):
     print(
         "KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer "
         f"{end}, perplexity: lower is better.\nTop-1, how often the top token is the teacher's: higher is better. Means over "
-        f"placements are of {rows[-1]['tokens']:,} of the tokens (geometric for the perplexity).\n"
+        f"placements are of {min(row['tokens'] for row in rows):,} of the tokens (geometric for the perplexity).\n"
     )
     print(f"{'':28}{'layers':>11}{'velocity':>13}\n{'row':28}{'replaced':>11}{'evaluations':>13}{'KL':>18}{'NMSE':>9}{'perplexity':>12}{'top-1':>8}")
     for row in rows:
