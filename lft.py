@@ -255,11 +255,14 @@ def replace_span(teacher, start, end, flow=None):
     Returns a GPTNeoXForCausalLM of its own that shares the teacher's weights; the teacher is left as it was.
     """
     check_span(teacher, start, end)
-    shared = {id(weight): weight for weight in teacher.parameters()}
-    student = copy.deepcopy(teacher, shared)  # copies the modules but not the weights
+    weights = [*teacher.parameters(), *(flow.parameters() if flow else ())]
+    shared = {id(weight): weight for weight in weights}
+    student, flow = copy.deepcopy((teacher, flow), shared)  # copies the modules but not the weights
     layers = student.gpt_neox.layers
-    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([] if flow is None else [flow]), *layers[end:]])
-    if flow is None:  # a shorter model of the same kind, whose layers count their cache slots anew
+    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([flow] if flow else []), *layers[end:]])
+    if flow:
+        flow.velocity.layer.attention.config = student.config  # which says how to attend, and so what the mask means
+    else:  # a shorter model of the same kind, whose layers count their cache slots anew
         student.config.num_hidden_layers = len(student.gpt_neox.layers)
         for index, layer in enumerate(student.gpt_neox.layers):
             layer.attention.layer_idx = index

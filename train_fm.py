@@ -34,9 +34,10 @@ def flow_matching_loss(velocity, x0, x1):
     return F.mse_loss(velocity(x_t, t), x1 - x0)  # Eq. 3
 
 
-def parse_arguments(description, method, start, end):
-    """The options that both methods share."""
+def parse_arguments(description, method, start, end, lr_times_width):
+    """The options that both methods share, with the defaults of one: its span, and its learning rate times the width."""
     parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(lr_times_width=lr_times_width)
     add = parser.add_argument
     add("--start", type=int, default=start, help="first layer that is replaced (default %(default)s)")
     add("--end", type=int, default=end, help="first layer after the span, not replaced (default %(default)s)")
@@ -48,7 +49,7 @@ def parse_arguments(description, method, start, end):
     add("--max-steps", type=int, default=2000, help="optimizer steps (default %(default)s)")
     add("--batch-size", type=int, default=16, help="sequences in a step (default %(default)s)")
     add("--seq-len", type=int, help="tokens in a sequence (default: half the teacher's positions)")
-    add("--lr", type=float, help="peak learning rate (default: 0.4 / the teacher's width)")
+    add("--lr", type=float, help=f"peak learning rate (default: {lr_times_width} / the teacher's width)")
     add("--seed", type=int, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="middle", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
     return parser
@@ -110,7 +111,7 @@ def train(args, method, loss_of, solver, steps, notes=None):
     layers = f"layers {layer_range(args.start, args.end)}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     print(f"teacher {teacher_name}, data {data}, on {device}: one flow replaces {layers}", flush=True)
 
-    lr = args.lr or 0.4 / teacher.config.hidden_size
+    lr = args.lr or args.lr_times_width / teacher.config.hidden_size
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=lr, betas=(0.9, 0.95))
 
     def lr_factor(step):  # half a cosine from the peak down to a twentieth of it, times a linear warm-up
@@ -185,7 +186,7 @@ def train(args, method, loss_of, solver, steps, notes=None):
 
 
 def main():
-    args = parse_arguments(__doc__.splitlines()[0], "fm", 6, 12).parse_args()
+    args = parse_arguments(__doc__.splitlines()[0], "fm", 6, 12, lr_times_width=2.0).parse_args()
     train(args, "fm", flow_matching_loss, solver="midpoint", steps=1)
 
 
