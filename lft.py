@@ -26,9 +26,9 @@ import huggingface_hub
 import torch
 from datasets import load_dataset
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GPTNeoXForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from transformers.utils import logging
@@ -150,7 +150,14 @@ class FlowLayer(nn.Module):
 
     def __init__(self, velocity, start, end, solver, steps):
         super().__init__()
-        self.velocity, self.start, self.end, self.solver, self.steps = velocity, start, end, solver, steps
+        self.velocity, self.start, self.end = velocity, start, end
+        self.set(solver, steps)
+
+    def set(self, solver, steps):
+        """Choose how to integrate; raises InputError unless it is a solver of SOLVERS and at least one step."""
+        if solver not in SOLVERS or not steps >= 1:
+            raise InputError(f"{solver} x{steps} is no way to integrate: give {' or '.join(SOLVERS)} and at least 1 step")
+        self.solver, self.steps = solver, steps
 
     def forward(self, x, layer_past=None, **context):
         slots = iter(range(self.start, self.end))
@@ -168,7 +175,7 @@ class FlowLayer(nn.Module):
         return integrate(velocity, x, even_times(self.steps), self.solver)
 
 
-# 4. The teacher, its hidden states, and the student
+# 4. The teacher and its hidden states
 
 
 TINY_TEACHER = "tiny_teacher"  # the embedded teacher, in the folder of that name beside this file
@@ -247,26 +254,6 @@ def hidden_pair(teacher, ids, start, end):
     x0 = run_layers(teacher, x, 0, start, context)
     x1 = run_layers(teacher, x0, start, end, context)
     return x0, x1, context
-
-
-def replace_span(teacher, start, end, flow=None):
-    """The student: the teacher with layers [start, end) replaced by a FlowLayer, or by nothing (skipping).
-
-    Returns a GPTNeoXForCausalLM of its own that shares the teacher's weights; the teacher is left as it was.
-    """
-    check_span(teacher, start, end)
-    weights = [*teacher.parameters(), *(flow.parameters() if flow else ())]
-    shared = {id(weight): weight for weight in weights}
-    student, flow = copy.deepcopy((teacher, flow), shared)  # copies the modules but not the weights
-    layers = student.gpt_neox.layers
-    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([flow] if flow else []), *layers[end:]])
-    if flow:
-        flow.velocity.layer.attention.config = student.config  # which says how to attend, and so what the mask means
-    else:  # a shorter model of the same kind, whose layers count their cache slots anew
-        student.config.num_hidden_layers = len(student.gpt_neox.layers)
-        for index, layer in enumerate(student.gpt_neox.layers):
-            layer.attention.layer_idx = index
-    return student
 
 
 # 5. Text
@@ -481,7 +468,88 @@ def load_flow(folder, teacher):
     return velocity.eval().to(next(teacher.parameters()).device), info
 
 
-# 7. What the scripts share
+# 7. The student
+
+
+class Student(GPTNeoXForCausalLM):
+    """A GPT-NeoX with a FlowLayer among its layers, made by `replace_span` or `load_student`.
+
+    It is used like any model of transformers: called, generated from, with a KV cache or without.
+    """
+
+    @property
+    def flow(self):
+        """The FlowLayer."""
+        return next(layer for layer in self.gpt_neox.layers if isinstance(layer, FlowLayer))
+
+    def set_flow(self, solver=None, steps=None):
+        """Change how the flow is integrated from now on; None leaves as it is. Raises InputError for fewer than 1 step."""
+        self.flow.set(solver or self.flow.solver, self.flow.steps if steps is None else steps)
+
+    def save_pretrained(self, folder, **options):
+        """Write the whole student into a folder for `load_student`, which needs no teacher and no hub then.
+
+        transformers' own format would load "successfully", with random layers in the flow's place; so this one has files
+        that transformers does not take for a model. Weights are stored in float16 where that loses nothing.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.half() if (weight.half() == weight).all() else weight for name, weight in self.state_dict().items()}
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "student.safetensors")
+        flow = {"start": self.flow.start, "end": self.flow.end, "solver": self.flow.solver, "steps": self.flow.steps}
+        (folder / "student.json").write_text(json.dumps({"format": FORMAT, **flow, "config": self.config.to_dict()}, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        raise InputError("a student is loaded by lft.load_student(folder)")
+
+
+def replace_span(teacher, start, end, flow=None):
+    """The student: the teacher with layers [start, end) replaced by a FlowLayer, or by nothing (skipping).
+
+    Returns a GPTNeoXForCausalLM of its own that shares the teacher's weights; the teacher is left as it was.
+    """
+    check_span(teacher, start, end)
+    weights = [*teacher.parameters(), *(flow.parameters() if flow else ())]
+    shared = {id(weight): weight for weight in weights}
+    student, flow = copy.deepcopy((teacher, flow), shared)  # copies the modules but not the weights
+    layers = student.gpt_neox.layers
+    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([flow] if flow else []), *layers[end:]])
+    if flow:
+        student.__class__ = Student
+        flow.velocity.layer.attention.config = student.config  # which says how to attend, and so what the mask means
+    else:  # a shorter model of the same kind, whose layers count their cache slots anew
+        student.config.num_hidden_layers = len(student.gpt_neox.layers)
+        for index, layer in enumerate(student.gpt_neox.layers):
+            layer.attention.layer_idx = index
+    return student
+
+
+def load_student(folder, device="cpu"):
+    """Load a student and its tokenizer from a run, or from a folder that the student's own `save_pretrained` wrote.
+
+    Raises InputError if there is neither, or if it is cut short, or if a run's teacher is not to be had.
+    """
+    folder = Path(folder)
+    if not (folder / "student.json").exists():
+        info = read_info(folder)
+        teacher, tokenizer = load_teacher(info["teacher"], device)
+        velocity, _ = load_flow(folder, teacher)
+        flow = FlowLayer(velocity, info["start"], info["end"], info["solver"], info["steps"])
+        return replace_span(teacher, info["start"], info["end"], flow), tokenizer
+    try:
+        said = json.loads((folder / "student.json").read_text())
+        config = GPTNeoXConfig.from_dict(said["config"])
+        flow = FlowLayer(VelocityBlock(config), said["start"], said["end"], said["solver"], said["steps"])
+        student = replace_span(GPTNeoXForCausalLM(config), said["start"], said["end"], flow)
+        student.load_state_dict(load_file(folder / "student.safetensors"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the student in {folder} is damaged or cut short: save it anew ({first_line(error)})") from error
+    return student.requires_grad_(False).eval().to(device), tokenizer
+
+
+# 8. What the scripts share
 
 
 def default_seq_len(teacher):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 import zstandard
 from safetensors.torch import load_file
-from transformers import BertConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import eval_kl
 import lft
@@ -31,8 +32,8 @@ def random_teacher(**options):
     """A small GPT-NeoX with random weights, large enough that every part of a layer matters."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **options,
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_position_embeddings=64,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=0, **({"num_hidden_layers": 6} | options),
     )  # fmt: skip
     teacher = GPTNeoXForCausalLM(config).eval().requires_grad_(False)
     for name, weight in teacher.named_parameters():
@@ -782,3 +783,142 @@ def test_a_hub_out_of_reach_names_the_way_out(tmp_path, teacher, data):
     way_out = "use --data stdlib" if teacher == "tiny_teacher" else "use --teacher tiny_teacher"
     assert result.returncode == 2 and way_out in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+# The student as a model of transformers
+
+
+SETTINGS = [(solver, steps, start, end) for solver in ("euler", "midpoint") for steps in (1, 2, 3) for start, end in ((0, 6), (1, 7), (2, 8))]
+
+
+@pytest.fixture(scope="session")
+def deep():
+    """A teacher with room for six evaluations at its start, in its middle and at its end."""
+    return random_teacher(num_hidden_layers=8)
+
+
+def student_of(teacher, solver, steps, start, end):
+    return lft.replace_span(teacher, start, end, lft.FlowLayer(random_velocity(teacher), start, end, solver, steps))
+
+
+def left_padded(ids, lengths):
+    mask = torch.stack([torch.arange(ids.shape[1]) >= ids.shape[1] - n for n in lengths]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def greedy_without_cache(model, inputs, new_tokens):
+    """Greedy decoding by whole forward passes, one row after another without its padding; ids and logits."""
+    tokens, logits = [], []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]):
+        ids, row = ids[mask.bool()][None], []
+        for _ in range(new_tokens):
+            row.append(model(ids, use_cache=False).logits[:, -1])
+            ids = torch.cat([ids, row[-1].argmax(-1, keepdim=True)], 1)
+        tokens.append(ids[0, -new_tokens:])
+        logits.append(torch.cat(row))
+    return torch.stack(tokens), torch.stack(logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("solver, steps, start, end", SETTINGS)
+def test_generation_with_a_cache_equals_whole_forward_passes(deep, ids, solver, steps, start, end, attention, cache, padded):
+    teacher = copy.deepcopy(deep)
+    teacher.set_attn_implementation(attention)
+    student = student_of(teacher, solver, steps, start, end)
+    inputs = left_padded(ids, [20, 13, 7] if padded else [20, 20, 20])
+    out = student.generate(
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, cache_implementation=cache if cache == "static" else None,
+        return_dict_in_generate=True, output_logits=True, pad_token_id=0,
+    )  # fmt: skip
+    tokens, logits = greedy_without_cache(student, inputs, 6)
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(out.sequences[:, 20:], tokens)
+
+
+def test_beams_and_sampling_with_a_cache(deep, ids):
+    student = student_of(deep, "midpoint", 3, 1, 7)
+    inputs = left_padded(ids, [20, 13, 7])
+    beams = [
+        student.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    samples = []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        samples.append(student.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=20, use_cache=cache, pad_token_id=0))
+    assert torch.equal(*samples)
+
+
+def test_a_teacher_generates_as_before(small, ids):
+    before = small.generate(ids, max_new_tokens=5, do_sample=False)
+    student_of(small, "euler", 2, 1, 4).generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(small.generate(ids, max_new_tokens=5, do_sample=False), before)
+
+
+def test_set_flow_changes_the_integration(small, ids):
+    student = student_of(small, "midpoint", 3, 1, 4)
+    for solver, steps in (("euler", 2), ("euler", 1), ("midpoint", 1)):
+        student.set_flow(solver, steps)
+        assert torch.equal(student(ids).logits, student_of(small, solver, steps, 1, 4)(ids).logits)
+    student.set_flow(steps=5)
+    assert (student.flow.solver, student.flow.steps) == ("midpoint", 5)
+    for solver, steps in (("heun", 1), ("euler", 0)):
+        with pytest.raises(lft.InputError, match="euler or midpoint and at least 1 step"):
+            student.set_flow(solver, steps)
+    assert (student.flow.solver, student.flow.steps) == ("midpoint", 5)
+
+
+@pytest.mark.parametrize("solver, steps", [("euler", 1), ("midpoint", 1)])
+def test_a_student_drafts_for_its_teacher(small, ids, solver, steps):
+    student = student_of(small, solver, steps, 1, 4)
+    for row in ids.split(1):
+        alone = small.generate(row, max_new_tokens=30, do_sample=False)
+        assert torch.equal(small.generate(row, max_new_tokens=30, do_sample=False, assistant_model=student), alone)
+
+
+def test_a_student_leaves_the_house(script, tmp_path, teacher_folder, ids):
+    run, house = tmp_path / "run", tmp_path / "house"
+    script(train_fw, "--out", run, "--steps", 1)
+    student, tokenizer = lft.load_student(run)
+    assert (student.flow.start, student.flow.end, student.flow.solver, student.flow.steps) == (1, 4, "midpoint", 1)
+    teacher, _ = lft.load_teacher(str(teacher_folder))
+    expected = student_of_run(run, teacher)(ids).logits
+    assert torch.equal(student(ids).logits, expected)
+
+    student.save_pretrained(house)
+    tokenizer.save_pretrained(house)
+    shutil.rmtree(run)
+    copy_, tokens = lft.load_student(house)
+    assert torch.equal(copy_(ids).logits, expected) and tokens("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    assert torch.equal(copy_.generate(ids, max_new_tokens=5), student.generate(ids, max_new_tokens=5))
+    for load in (AutoModelForCausalLM.from_pretrained, GPTNeoXForCausalLM.from_pretrained):
+        with pytest.raises((OSError, ValueError)):
+            load(house)
+    with pytest.raises(lft.InputError, match="load_student"):
+        lft.Student.from_pretrained(house)
+    whole = (house / "student.safetensors").read_bytes()
+    (house / "student.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lft.InputError, match="damaged or cut short"):
+        lft.load_student(house)
+
+
+def student_of_run(run, teacher):
+    velocity, info = lft.load_flow(run, teacher)
+    flow = lft.FlowLayer(velocity, info["start"], info["end"], info["solver"], info["steps"])
+    return lft.replace_span(teacher, info["start"], info["end"], flow)
+
+
+def test_an_exported_student_is_smaller_by_the_layers_it_lost(tiny, tmp_path):
+    teacher, _ = tiny
+    velocity = random_velocity(teacher)
+    for weight in velocity.parameters():
+        weight += 1e-3 * torch.randn_like(weight)  # as after training: of more digits than float16 has
+    student = lft.replace_span(teacher, 6, 18, lft.FlowLayer(velocity, 6, 18, "midpoint", 3))
+    student.save_pretrained(tmp_path)
+    removed = sum(weight.numel() for layer in teacher.gpt_neox.layers[6:18] for weight in layer.parameters())
+    added = sum(weight.numel() for weight in velocity.parameters())
+    expected = (HERE / "tiny_teacher" / "model.safetensors").stat().st_size - 2 * removed + 4 * added  # float16, and float32
+    assert (tmp_path / "student.safetensors").stat().st_size == pytest.approx(expected, rel=0.01)
