@@ -352,7 +352,8 @@ def test_kl_equals_a_double_precision_reference():
     kl = eval_kl.kl_divergence(teacher, student)
     assert kl.dtype == torch.float32 and kl.shape == (4, 7)
     torch.testing.assert_close(kl.double(), reference, rtol=1e-5, atol=1e-6)
-    assert eval_kl.kl_divergence(teacher.half(), student.half()).dtype == torch.float32
+    halves = teacher.half(), student.half()
+    assert torch.equal(eval_kl.kl_divergence(*halves), eval_kl.kl_divergence(*(logits.float() for logits in halves)))
     # Two coins by hand, and which way round: KL(teacher || student).
     coin = eval_kl.kl_divergence(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.9, 0.1]]]).log())
     assert coin.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
@@ -377,6 +378,7 @@ def test_the_table_scores_the_student_itself(small):
         assert row["top1_agreement"] == pytest.approx(agreement, abs=1e-6)
         return kl.mean().item()
 
+    assert rows["teacher"]["tokens"] == 16 * 24 and rows["skip 1, mean inside span"]["tokens"] == 2 * 24
     expect(rows["teacher"], small)
     assert rows["teacher"]["kl"] == 0 and rows["teacher"]["nmse"] == 0 and rows["teacher"]["top1_agreement"] == 1
     for solver in ("euler", "midpoint"):
@@ -408,7 +410,7 @@ def test_the_table_scores_the_student_itself(small):
             assert rows[f"skip {n}, mean inside span"]["kl"] == pytest.approx(sum(inside.values()) / len(inside), rel=1e-4)
 
 
-@pytest.mark.parametrize("first, n, layers_left", [(0, 1, [1, 2, 3]), (1, 2, [0, 3]), (3, 2, [0, 1, 2]), (4, 2, [0, 1, 2, 3]), (2, 4, [0, 1])])
+@pytest.mark.parametrize("first, n, layers_left", [(0, 1, [1, 2, 3]), (1, 2, [0, 3]), (3, 2, [0, 1, 2]), (4, 2, [0, 1, 2, 3]), (5, 1, [0, 1, 2, 3]), (2, 4, [0, 1])])
 def test_the_state_at_end_where_layers_are_skipped(small, ids, first, n, layers_left):
     """NMSE is of the state entering layer `end`, here 4, whether the gap lies before, across or after it."""
     x, context = lft.embed(small, ids)
@@ -614,6 +616,37 @@ def test_training_brings_the_student_nearer(script, tmp_path):
     options = ["--teacher", "tiny_teacher", "--start", 4, "--end", 8, "--batch-size", 4, "--seq-len", 64]
     status, printed, _ = script(train_fw, *options, "--out", out, "--max-steps", 60)
     assert status == 0 and printed_kl(printed, "student") < 0.5 * printed_kl(printed, "span dropped")
+
+
+def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path, teacher_folder, text):
+    script(train_fm, "--out", tmp_path / "run", "--max-steps", 4, "--lr", 0.05, "--batch-size", 3)
+    trained = load_file(tmp_path / "run" / "flow.safetensors")
+
+    teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    torch.manual_seed(0)
+    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
+    weights = list(velocity.parameters())
+    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    batches = lft.token_batches(str(text), tokenizer, 3, 32, seed=0)
+    for n in range(1, 5):
+        with train_fm.autocast(torch.device("cpu")):
+            x0, x1, context = lft.hidden_pair(teacher, next(batches), 1, 4)
+            loss = train_fm.flow_matching_loss(lambda x, t: velocity(x, t, **context), x0, x1)
+        gradients = torch.autograd.grad(loss, weights)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        lr = 0.05 * n / 50 * (0.05 + 0.95 * (1 + math.cos(math.pi * (n - 1) / 4)) / 2)
+        with torch.no_grad():
+            for w, g, m, v in zip(weights, gradients, first, second):  # AdamW (0.9, 0.95), decay 0.01, clipped at norm 1
+                g = g / max(norm, 1)
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.95).add_(0.05 * g * g)
+                w.mul_(1 - 0.01 * lr).sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
+    # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding: so the whole is compared, not each weight.
+    start = teacher.gpt_neox.layers[2].state_dict()
+    by_hand = {name.removeprefix("layer."): weight for name, weight in velocity.state_dict().items()}
+    moved = sum((by_hand[name] - weight).square().sum() for name, weight in start.items())
+    apart = sum((by_hand[name] - trained["layer." + name]).square().sum() for name in start)
+    assert moved > 0.01 and apart < 1e-3 * moved
 
 
 @pytest.mark.parametrize("init, layer", [("middle", 2), ("first", 1), ("5", 5), ("random", None)])
