@@ -6,8 +6,8 @@ velocity field u(x, t), integrated from t = 0 to t = 1:
     x0, the state entering layer `start`   --- dx/dt = u(x, t) --->   x1, the state entering layer `end`
 
 Everything outside the span stays as it was. This file holds the velocity field, the solvers, the layer that stands in
-for the span, the teacher and its hidden states, the text, and how a flow is saved. train_fm.py and train_fw.py hold the
-two losses; eval_kl.py says how far the student's logits are from the teacher's.
+for the span, the teacher and its hidden states, the text, how a flow is saved, and the student, the model with the flow
+in it. train_fm.py and train_fw.py hold the two losses; eval_kl.py says how far the student's logits are from the teacher's.
 
 Spans are half-open, as in Python: 6 -> 18 replaces layers 6..17, twelve of them. Hidden states, written x, have the
 shape (batch, seq, hidden); times run from 0 to 1.
