@@ -8,6 +8,8 @@ lower, the nearer to the teacher. Everything runs in float32, whatever the flow 
 import argparse
 import json
 import math
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lft import (
-    EVALUATIONS, SOLVERS, FlowLayer, InputError, check_positive, embed, held_out_tokens, layer_range,
-    load_flow, load_teacher, pick_device, read_info, run_layers, run_script,
+    SOLVERS, FlowLayer, InputError, check_positive, embed, held_out_tokens, layer_range, load_flow, load_teacher,
+    pick_device, read_info, replace_span, run_layers, run_script,
 )  # fmt: skip
 
 
@@ -111,6 +113,55 @@ def summarise(score):
     }
 
 
+TIMED_ROUNDS = 8
+DECODED = 4  # tokens in a timing of decoding
+
+
+@torch.no_grad()
+def times_over_first(models, step):
+    """The time of step(model, number) over that of the first model, for each: medians over rounds in which all take turns."""
+    rounds = []
+    for _ in range(TIMED_ROUNDS + 1):
+        times = []
+        for number, model in enumerate(models):
+            begin = time.perf_counter()
+            step(model, number)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        rounds.append([t / times[0] for t in times])
+    return [statistics.median(ratios) for ratios in zip(*rounds[1:])]  # the first round warms up
+
+
+def speeds(models, ids):
+    """Parameters of each model, and its time over the first one's, the teacher's: a list of dicts.
+
+    "prefill_time": a forward pass over ids (1, seq) without a cache. "decode_time": a token more with the cache of that
+    pass; None if the flow has more evaluations than cache slots. "ideal_time": layers left plus velocity evaluations, over
+    the teacher's layers.
+    """
+    prefill = times_over_first(models, lambda model, _: model(ids, use_cache=False, logits_to_keep=1))
+    cached = [model for model in models if model.config.use_cache]
+    with torch.no_grad():
+        caches = [model(ids, use_cache=True).past_key_values for model in cached]
+
+    def decode(model, number):
+        for _ in range(DECODED):
+            model(ids[:, -1:], past_key_values=caches[number])
+        caches[number].crop(-DECODED)
+
+    decoding = dict(zip(map(id, cached), times_over_first(cached, decode)))
+
+    def calls(model):
+        return sum(layer.evaluations if isinstance(layer, FlowLayer) else 1 for layer in model.gpt_neox.layers)
+
+    return [
+        {"parameters": model.num_parameters(), "prefill_time": prefill_time, "decode_time": decoding.get(id(model)),
+         "ideal_time": calls(model) / calls(models[0])}
+        for model, prefill_time in zip(models, prefill)
+    ]  # fmt: skip
+
+
 FLOW_STEPS = (1, 2, 3, 8)
 SKIPS = (1, 2, 3, 4)
 RANKED_PART = 8  # the placements of skipped layers are many: every eighth sequence ranks them
@@ -125,7 +176,7 @@ def table(teacher, velocity, sequences, start, end, trained_steps=3):
     """All rows of the table, over held-out sequences (sequences, seq): a list of dicts, in the order of printing.
 
     The best placements for skipping are found on every eighth sequence and scored on all of them; a mean over placements
-    is of that eighth. The key "tokens" of a row says how many it was scored on.
+    is of that eighth. The key "tokens" of a row says how many it was scored on. Times are of the first sequence.
     """
     layers = teacher.config.num_hidden_layers
     placements = {(first, n): skip_row(first, n, end) for n in SKIPS for first in range(layers - n + 1)}
@@ -133,10 +184,13 @@ def table(teacher, velocity, sequences, start, end, trained_steps=3):
     ranked = evaluate(teacher, part, end, placements, "ranking skips")
 
     rows = {"teacher": (None, 0, teacher_row(end))}  # name: layers replaced, velocity evaluations, row
+    models = {"teacher": teacher, "span dropped": replace_span(teacher, start, end)}  # to be timed
+    models |= {f"skip {n}": replace_span(teacher, 0, n) for n in SKIPS if n <= layers}  # the time is the same anywhere
     for solver in SOLVERS:
         for steps in sorted({*FLOW_STEPS, trained_steps}):
             flow = FlowLayer(velocity, start, end, solver, steps)
-            rows[f"LFT {solver} x{steps}"] = (layer_range(start, end), steps * EVALUATIONS[solver], flow_row(flow))
+            rows[f"LFT {solver} x{steps}"] = (layer_range(start, end), flow.evaluations, flow_row(flow))
+            models[f"LFT {solver} x{steps}"] = replace_span(teacher, start, end, flow)
     rows["span dropped"] = (layer_range(start, end), 0, skip_row(start, end - start, end))
     means = {}
     for n in SKIPS:
@@ -154,9 +208,10 @@ def table(teacher, velocity, sequences, start, end, trained_steps=3):
 
     to_score = {name: row for name, (_, _, row) in rows.items() if row is not None}
     scores = means | evaluate(teacher, sequences, end, to_score, "scoring rows")
+    speed = dict(zip(models, speeds([*models.values()], sequences[:1].to(teacher.device))))
     return [
         {"name": name, "layers_replaced": replaced, "evaluations": evaluations, **summarise(scores[name]),
-         "tokens": len(scores[name]["kl"]) * sequences.shape[1]}
+         "tokens": len(scores[name]["kl"]) * sequences.shape[1], **speed[name.split(",")[0]]}
         for name, (replaced, evaluations, _) in rows.items()
     ]  # fmt: skip
 
@@ -164,15 +219,23 @@ def table(teacher, velocity, sequences, start, end, trained_steps=3):
 def print_table(rows, end):
     """Print the rows that `table` returned, with units and direction."""
     print(
-        "KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer "
-        f"{end}, perplexity: lower is better.\nTop-1, how often the top token is the teacher's: higher is better. Means over "
-        f"placements are of {min(row['tokens'] for row in rows):,} of the tokens (geometric for the perplexity).\n"
+        f"KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer {end},\n"
+        "perplexity: lower is better. Top-1, how often the top token is the teacher's: higher is better. Means over placements\n"
+        f"are of {min(row['tokens'] for row in rows):,} of the tokens (geometric for the perplexity). Time over the teacher's: prefill, a sequence at "
+        "once; decode,\ntoken by token with a cache (-: more evaluations than cache slots); ideal, layers and evaluations "
+        "over the teacher's layers.\n"
     )
-    print(f"{'':28}{'layers':>11}{'velocity':>13}\n{'row':28}{'replaced':>11}{'evaluations':>13}{'KL':>18}{'NMSE':>9}{'perplexity':>12}{'top-1':>8}")
+    print(f"{'':25}{'layers':>11}{'velocity':>10}{'':41}{'million':>9}  time over the teacher's")
+    print(
+        f"{'row':25}{'replaced':>11}{'evals':>10}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}"
+        f"{'prefill':>9}{'decode':>8}{'ideal':>7}"
+    )
     for row in rows:
+        decode = "-" if row["decode_time"] is None else f"{row['decode_time']:.2f}"
         print(
-            f"{row['name']:28}{row['layers_replaced'] or '-':>11}{row['evaluations'] or '-':>13}{kl_text(row):>18}{row['nmse']:>9.4f}"
-            f"{row['perplexity']:>12.2f}{row['top1_agreement']:>8.1%}"
+            f"{row['name']:25}{row['layers_replaced'] or '-':>11}{row['evaluations'] or '-':>10}{kl_text(row):>17}"
+            f"{row['nmse']:>8.4f}{row['perplexity']:>8.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}"
+            f"{row['prefill_time']:>9.2f}{decode:>8}{row['ideal_time']:>7.2f}"
         )
 
 

@@ -73,6 +73,24 @@ class VelocityBlock(nn.Module):
         )
         nn.init.zeros_(self.time_mlp[-1].weight)
         nn.init.zeros_(self.time_mlp[-1].bias)
+        self.known, self.known_for = {}, None  # time vectors at inference, and the weights that gave them
+
+    def time_vectors(self, t):
+        """The six vectors of time t in one, (6 * hidden,) or (batch, 1, 6 * hidden)."""
+
+        def vectors():
+            angles = t * self.frequencies  # (channels / 2,), or (batch, 1, channels / 2)
+            return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+        if torch.is_tensor(t) or torch.is_grad_enabled():
+            return vectors()
+        # At inference the same few times come with every token: their vectors are kept, until a weight changes.
+        weights = [(weight.data_ptr(), weight._version) for weight in self.time_mlp.parameters()]
+        if self.known_for != weights:
+            self.known, self.known_for = {}, weights
+        if t not in self.known:
+            self.known[t] = vectors()
+        return self.known[t]
 
     def forward(self, x, t, **context):
         """The velocity at state x and time t, (batch, seq, hidden).
@@ -80,10 +98,8 @@ class VelocityBlock(nn.Module):
         x: (batch, seq, hidden). t: a number, or a tensor (batch, 1, 1) with a time for each sequence.
         context: what the teacher's attention wants beside x: attention_mask, position_embeddings, a cache.
         """
-        angles = t * self.frequencies  # (channels / 2,), or (batch, 1, channels / 2)
-        vectors = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1)).to(x.dtype)
         # DiT's names: β = shift, γ = 1 + scale, and α = 1 + gate. Each is (hidden,), or (batch, 1, hidden).
-        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.time_vectors(t).to(x.dtype).chunk(6, dim=-1)
 
         layer = self.layer
         attention, _ = layer.attention(layer.input_layernorm(x) * (1 + scale1) + shift1, **context)
@@ -158,13 +174,14 @@ class FlowLayer(nn.Module):
         if solver not in SOLVERS or not steps >= 1:
             raise InputError(f"{solver} x{steps} is no way to integrate: give {' or '.join(SOLVERS)} and at least 1 step")
         self.solver, self.steps = solver, steps
+        self.evaluations = steps * EVALUATIONS[solver]  # of the velocity
+        self.can_cache = self.evaluations <= self.end - self.start
 
     def forward(self, x, layer_past=None, **context):
         slots = iter(range(self.start, self.end))
-        evaluations = self.steps * EVALUATIONS[self.solver]
-        if layer_past is not None and evaluations > self.end - self.start:
+        if layer_past is not None and not self.can_cache:
             raise InputError(
-                f"{self.solver} x{self.steps} evaluates the velocity {evaluations} times and the replaced layers leave "
+                f"{self.solver} x{self.steps} evaluates the velocity {self.evaluations} times and the replaced layers leave "
                 f"{self.end - self.start} cache slots: take fewer steps, or call the model with use_cache=False"
             )
 
@@ -485,6 +502,7 @@ class Student(GPTNeoXForCausalLM):
     def set_flow(self, solver=None, steps=None):
         """Change how the flow is integrated from now on; None leaves as it is. Raises InputError for fewer than 1 step."""
         self.flow.set(solver or self.flow.solver, self.flow.steps if steps is None else steps)
+        self.config.use_cache = self.flow.can_cache  # the default of a plain call; generating without a cache is to be asked for
 
     def save_pretrained(self, folder, **options):
         """Write the whole student into a folder for `load_student`, which needs no teacher and no hub then.
@@ -517,6 +535,7 @@ def replace_span(teacher, start, end, flow=None):
     student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([flow] if flow else []), *layers[end:]])
     if flow:
         student.__class__ = Student
+        student.set_flow()
         flow.velocity.layer.attention.config = student.config  # which says how to attend, and so what the mask means
     else:  # a shorter model of the same kind, whose layers count their cache slots anew
         student.config.num_hidden_layers = len(student.gpt_neox.layers)

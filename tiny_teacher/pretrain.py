@@ -19,7 +19,7 @@ from lft import stdlib_documents, token_sequences
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", default="runs/tiny_teacher", help="folder to write (default %(default)s)")
-parser.add_argument("--max-steps", type=int, default=3600, help="optimizer steps of 16 x 256 tokens (default %(default)s)")
+parser.add_argument("--max-steps", type=int, default=3000, help="optimizer steps of 16 x 256 tokens (default %(default)s)")
 parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="seed of weights and order of text (default %(default)s)")
 args = parser.parse_args()
@@ -41,8 +41,14 @@ config = GPTNeoXConfig(
 )
 # Eager attention: at this size, in bf16 on a CPU, it is faster than sdpa.
 model = GPTNeoXForCausalLM._from_config(config, attn_implementation="eager")
-optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=args.max_steps)
+# Muon for the matrices of the layers, AdamW for everything else; scaled so that one learning rate suits both.
+matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
+others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or ".layers." not in name]
+optimizers = [
+    torch.optim.Muon(matrices, lr=args.lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+]
+schedules = [get_cosine_schedule_with_warmup(optimizer, 100, args.max_steps) for optimizer in optimizers]
 
 
 def autocast():
@@ -67,9 +73,9 @@ for step, ids in progress:
         loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
+    for stepper in optimizers + schedules:
+        stepper.step()
+    model.zero_grad()
     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if step % 600 == 0 or step == args.max_steps:
         copy.deepcopy(model).half().save_pretrained(args.out)
