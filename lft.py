@@ -13,6 +13,7 @@ Spans are half-open, as in Python: 6 -> 18 replaces layers 6..17, twelve of them
 shape (batch, seq, hidden); times run from 0 to 1.
 """
 import copy
+import functools
 import glob
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -82,12 +84,14 @@ class VelocityBlock(nn.Module):
             angles = t * self.frequencies  # (channels / 2,), or (batch, 1, channels / 2)
             return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
-        if torch.is_tensor(t) or torch.is_grad_enabled():
+        weights = list(self.time_mlp.parameters())
+        if torch.is_tensor(t) or any(weight.requires_grad for weight in weights):
             return vectors()
-        # At inference the same few times come with every token: their vectors are kept, until a weight changes.
-        weights = [(weight.data_ptr(), weight._version) for weight in self.time_mlp.parameters()]
-        if self.known_for != weights:
-            self.known, self.known_for = {}, weights
+        # At inference the same few times come with every token: a frozen block keeps their vectors, until other weights
+        # are loaded. (An optimizer may change weights without counting it as a new version, so no other block does.)
+        known_for = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self.known_for != known_for:
+            self.known, self.known_for = {}, known_for
         if t not in self.known:
             self.known[t] = vectors()
         return self.known[t]
@@ -321,30 +325,39 @@ def hub_split(name, split):
     return None
 
 
-def hub_documents(name, split):
-    """Yield the column "text" of a hub data set, streamed."""
+def hub_documents(name, split, place=None, rank=0, processes=1):
+    """Yield the column "text" of a hub data set, or of a folder laid out like one, streamed.
+
+    place: a dict that keeps, under "rows", how far the reading is; what it holds at the start is gone on from. rank,
+    processes: each of several processes reads rows of its own.
+    """
+    place = {} if place is None else place
     try:
         rows = hub_split(name, split)
         if rows is None:
             raise InputError(f"data set {name} has no {' or '.join(HUB_SPLITS[split])} split: use another")
+        rows = split_dataset_by_node(rows, rank, processes)
+        if "rows" in place:
+            rows.load_state_dict(place["rows"])
         for row in rows:
             if not isinstance(row.get("text"), str):
                 raise InputError(f'data set {name} has no text in a column "text", only {", ".join(row)}: use another')
+            place["rows"] = rows.state_dict()
             yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"no text at {name}: it is neither a file here nor a hub data set that can be reached and read; correct the "
-            f"name, or use --data stdlib ({first_line(error)})"
+            f"no text at {name}: it is neither a file here nor a data set, on the hub or in a folder, that can be reached and "
+            f"read; correct the name, or use --data stdlib ({first_line(error)})"
         ) from error
 
 
 def is_local(data):
-    """Whether `data` names text on this machine, and not a data set on the hub."""
-    return data == "stdlib" or os.path.exists(data) or any(sign in data for sign in "*?[")
+    """Whether `data` names text files on this machine, and not a data set, on the hub or in a folder."""
+    return data == "stdlib" or os.path.isfile(data) or any(sign in data for sign in "*?[")
 
 
 def documents(data, split):
-    """Yield the texts of one pass over `data`: "stdlib", a path or glob of text files, or a data set on the hub.
+    """Yield the texts of one pass over `data`: "stdlib", a path or glob of text files, or a data set.
 
     split: "train" or "held-out", which share no text. Raises InputError if there is no such data set.
     """
@@ -388,22 +401,49 @@ def held_out_tokens(data, tokenizer, seq_len, tokens):
     return sequences[torch.linspace(0, len(sequences) - 1, min(wanted, len(sequences))).long()]
 
 
-def token_batches(data, tokenizer, batch_size, seq_len, seed):
+def local_batches(data, tokenizer, batch_size, seq_len, seed, state, rank, processes):
+    """The training batches of local text, held in memory: its sequences in a new order each pass."""
+    sequences = torch.stack(list(text_sequences(data, "train", tokenizer, seq_len)))
+
+    @functools.lru_cache(maxsize=2)
+    def order(n):  # of the n-th pass
+        return torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed + 1_000_003 * n))
+
+    while True:
+        first = state.get("taken", 0) + rank * batch_size
+        state["taken"] = state.get("taken", 0) + processes * batch_size  # sequences, by all processes
+        yield torch.stack([sequences[order(i // len(sequences))[i % len(sequences)]] for i in range(first, first + batch_size)])
+
+
+def streamed_batches(data, tokenizer, batch_size, seq_len, seed, state, rank, processes):
+    """The training batches of a data set, streamed in the order it has there; the seed changes nothing."""
+    wanted, place, tokens = batch_size * seq_len, {"rows": state["rows"]} if state else {}, state.get("tokens", [])
+    documents = hub_documents(data, "train", place, rank, processes)
+    while True:
+        while len(tokens) < wanted:
+            texts = list(itertools.islice(documents, 64))  # a few at a time: the tokenizer takes them in parallel
+            if texts:
+                ids = tokenizer(texts, verbose=False)["input_ids"]
+                tokens = tokens + [token for document in ids for token in (*document, tokenizer.eos_token_id)]
+            elif place:  # the end of a pass
+                place.clear()
+                documents = hub_documents(data, "train", place, rank, processes)
+            else:
+                raise InputError(f"data set {data} has fewer rows than there are processes: start fewer, or use another")
+        batch, tokens = tokens[:wanted], tokens[wanted:]
+        state.update(rows=place["rows"], tokens=tokens)
+        yield torch.tensor(batch).view(batch_size, seq_len)
+
+
+def token_batches(data, tokenizer, batch_size, seq_len, seed, state=None, rank=0, processes=1):
     """Training batches (batch, seq) without end, one pass over `data` after another.
 
-    Local text is held in memory, and its sequences come in a new order each pass. A hub data set is streamed, in the
-    order it has there. Raises InputError, before anything is yielded, if there is not one sequence of text.
+    state: a dict that says where in the text the last batch ended; one that was saved is gone on from. rank, processes: each
+    of several processes has its own part of the text. Raises InputError if there is not one sequence of text.
     """
-    sequences = text_sequences(data, "train", tokenizer, seq_len)
-    if is_local(data):
-        sequences = torch.stack(list(sequences))
-        generator = torch.Generator().manual_seed(seed)
-        passes = (sequences[torch.randperm(len(sequences), generator=generator)] for _ in itertools.count())
-    else:
-        later = (text_sequences(data, "train", tokenizer, seq_len) for _ in itertools.count())
-        passes = itertools.chain([sequences], later)
-    flat = itertools.chain.from_iterable(passes)
-    return (torch.stack(list(itertools.islice(flat, batch_size))) for _ in itertools.count())
+    next(text_sequences(data, "train", tokenizer, seq_len))  # now, and not when the first batch is taken
+    batches = local_batches if is_local(data) else streamed_batches
+    return batches(data, tokenizer, batch_size, seq_len, seed, {} if state is None else state, rank, processes)
 
 
 # 6. Saving and loading a flow: a folder with flow.safetensors, the velocity's weights, and flow.json, what they are for
@@ -434,18 +474,40 @@ def made_for(info):
     return f"{info['teacher_is']['fingerprint']} {info['start']} {info['end']}"
 
 
+def flush(path):
+    """Have the disk hold what was written to a file or folder, before anything later."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all, wherever the process or the machine stops: write(path) gets a temporary name.
+
+    Raises InputError if it cannot be written; what was there before is there still.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written, and is as it was: make room, or give another folder ({first_line(error)})") from error
+
+
 def save_flow(folder, velocity, info):
-    """Write flow.safetensors and flow.json into `folder`, each under a temporary name first, so never in part.
+    """Write flow.safetensors and flow.json into `folder`, each whole or not at all.
 
     info: a dict of at least "teacher" (its name), "teacher_is" (describe_teacher), "start", "end", "solver", "steps",
     "data" and "seq_len".
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(velocity.state_dict(), folder / "flow.safetensors.part", metadata={"made_for": made_for(info)})
-    (folder / "flow.json.part").write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n")
-    for name in ("flow.safetensors", "flow.json"):
-        os.replace(folder / f"{name}.part", folder / name)
+    weights, metadata = velocity.state_dict(), {"made_for": made_for(info)}
+    write_whole(Path(folder) / "flow.safetensors", lambda path: save_file(weights, path, metadata))
+    write_whole(Path(folder) / "flow.json", lambda path: path.write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n"))
 
 
 def read_info(folder):
@@ -482,7 +544,7 @@ def load_flow(folder, teacher):
             velocity.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"the flow.safetensors of run {folder} is missing, damaged or cut short: train it anew") from error
-    return velocity.eval().to(next(teacher.parameters()).device), info
+    return velocity.requires_grad_(False).eval().to(next(teacher.parameters()).device), info
 
 
 # 7. The student
@@ -510,12 +572,12 @@ class Student(GPTNeoXForCausalLM):
         transformers' own format would load "successfully", with random layers in the flow's place; so this one has files
         that transformers does not take for a model. Weights are stored in float16 where that loses nothing.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.half() if (weight.half() == weight).all() else weight for name, weight in self.state_dict().items()}
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "student.safetensors")
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
         flow = {"start": self.flow.start, "end": self.flow.end, "solver": self.flow.solver, "steps": self.flow.steps}
-        (folder / "student.json").write_text(json.dumps({"format": FORMAT, **flow, "config": self.config.to_dict()}, indent=2))
+        text = json.dumps({"format": FORMAT, **flow, "config": self.config.to_dict()}, indent=2)
+        write_whole(Path(folder) / "student.safetensors", lambda path: save_file(weights, path))
+        write_whole(Path(folder) / "student.json", lambda path: path.write_text(text))
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

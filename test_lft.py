@@ -2,13 +2,18 @@
 
     python -m pytest test_lft.py
 """
+import argparse
 import copy
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,6 +237,35 @@ def test_a_cache_without_slots_enough_is_refused(small, ids):
     student = lft.replace_span(small, 1, 4, lft.FlowLayer(random_velocity(small), 1, 4, "midpoint", 2))
     with pytest.raises(lft.InputError, match="evaluates the velocity 4 times and the replaced layers leave 3 cache slots"):
         student(ids, use_cache=True)
+    with pytest.raises(lft.InputError, match="cache slots"):
+        student.generate(ids, max_new_tokens=2)
+    # A plain call asks for no cache then, and for one again when there are slots enough.
+    assert torch.equal(student(ids).logits, student(ids, use_cache=False).logits) and student(ids).past_key_values is None
+    student.set_flow("euler", 3)
+    assert student(ids).past_key_values.get_seq_length() == ids.shape[1]
+
+
+def test_time_vectors_are_kept_at_inference_until_a_weight_changes(small, ids):
+    x, context = lft.embed(small, ids)
+    velocity = random_velocity(small)
+    calls = []
+    velocity.time_mlp.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        before = [velocity(x, t, **context) for t in (0.0, 0.5, 0.0, 0.5)]
+        assert len(calls) == 2 and torch.equal(before[0], before[2]) and torch.equal(before[1], before[3])
+        other = copy.deepcopy(velocity)
+        other.time_mlp[0].bias.add_(1.0)
+        assert not torch.equal(other(x, 0.5, **context), before[1])
+        other.load_state_dict(velocity.state_dict())
+        assert torch.equal(other(x, 0.5, **context), before[1])
+    velocity.requires_grad_(True)
+    optimizer = torch.optim.AdamW(velocity.parameters(), lr=0.1, fused=True)
+    for _ in range(2):  # while it is trained, nothing is kept
+        velocity(x, 0.5, **context).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(velocity(x, 0.5, **context), velocity(x, torch.tensor(0.5), **context))
+
 
 
 def test_a_later_setting_of_the_teacher_leaves_the_student_alone(ids):
@@ -359,6 +393,31 @@ def test_kl_equals_a_double_precision_reference():
     assert coin.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
 
 
+def weights_in(module):
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_times_are_taken_in_turn_and_over_the_first_models_of_the_same_round(small, monkeypatch):
+    """On a clock of its own: the machine is twice as slow in every other round, and the first round three times."""
+    clock, turns = [0.0], []
+    monkeypatch.setattr(eval_kl.time, "perf_counter", lambda: clock[0])
+
+    def step(model, number):
+        turns.append(number)
+        clock[0] += (1.0, 0.5, 3.0)[number] * (3 if len(turns) <= 3 else 1 + len(turns) // 3 % 2)
+
+    assert eval_kl.times_over_first([small] * 3, step) == pytest.approx([1, 0.5, 3], rel=0.6)
+    assert turns == [0, 1, 2] * (eval_kl.TIMED_ROUNDS + 1)
+
+
+@pytest.mark.parametrize("start, end", [(0, 6), (0, 1), (5, 6)])
+def test_a_table_for_a_span_at_an_end_of_the_model(small, start, end):
+    sequences = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(3))
+    rows = {row["name"]: row for row in eval_kl.table(small, random_velocity(small), sequences, start, end)}
+    assert all(row["prefill_time"] > 0 for row in rows.values())
+    assert rows["span dropped"]["ideal_time"] == pytest.approx((6 - (end - start)) / 6)
+
+
 def test_the_table_scores_the_student_itself(small):
     """Every row, whose states are shared, against the logits of a whole model, by transformers and in double precision."""
     sequences = torch.randint(97, (16, 24), generator=torch.Generator().manual_seed(3))
@@ -380,6 +439,7 @@ def test_the_table_scores_the_student_itself(small):
 
     assert rows["teacher"]["tokens"] == 16 * 24 and rows["skip 1, mean inside span"]["tokens"] == 2 * 24
     expect(rows["teacher"], small)
+    assert rows["teacher"]["prefill_time"] == rows["teacher"]["decode_time"] == rows["teacher"]["ideal_time"] == 1
     assert rows["teacher"]["kl"] == 0 and rows["teacher"]["nmse"] == 0 and rows["teacher"]["top1_agreement"] == 1
     for solver in ("euler", "midpoint"):
         for steps in (1, 2, 3, 8):
@@ -387,6 +447,10 @@ def test_the_table_scores_the_student_itself(small):
             flow = lft.FlowLayer(velocity, start, end, solver, steps)
             expect(row, lft.replace_span(small, start, end, flow))
             assert row["layers_replaced"] == "1..3" and row["evaluations"] == steps * (2 if solver == "midpoint" else 1)
+            assert row["ideal_time"] == pytest.approx((3 + row["evaluations"]) / 6)
+            assert (row["decode_time"] is None) == (row["evaluations"] > 3)
+            removed, added = small.gpt_neox.layers[1:4], velocity
+            assert row["parameters"] == sum(p.numel() for p in small.parameters()) - weights_in(removed) + weights_in(added)
             x0, x1, context = lft.hidden_pair(small, sequences, start, end)
             nmse = ((flow(x0, **context) - x1).double().square().sum() / x1.double().square().sum()).item()
             assert row["nmse"] == pytest.approx(nmse, rel=1e-4)
@@ -405,6 +469,7 @@ def test_the_table_scores_the_student_itself(small):
                 best, row = min(candidates, key=candidates.get), rows[f"skip {n}, best {where}"]
                 assert row["layers_replaced"] == f"{best}..{best + n - 1}"
                 expect(row, lft.replace_span(small, best, best + n))
+            assert row["ideal_time"] == pytest.approx((6 - n) / 6)
         assert (f"skip {n}, best inside span" in rows) == (f"skip {n}, mean inside span" in rows) == (n <= 3)
         if inside:
             assert rows[f"skip {n}, mean inside span"]["kl"] == pytest.approx(sum(inside.values()) / len(inside), rel=1e-4)
@@ -432,6 +497,8 @@ class Letters:
     eos_token_id = 0
 
     def __call__(self, text, verbose=False):
+        if isinstance(text, list):
+            return {"input_ids": [self(each)["input_ids"] for each in text]}
         return {"input_ids": [ord(letter) for letter in text]}
 
 
@@ -508,7 +575,6 @@ def test_a_hub_data_set_is_streamed_with_its_own_splits(tmp_path, monkeypatch):
     write_shard(tmp_path / "test.jsonl.zst", ["qrst"])
     assert list(lft.hub_documents(str(tmp_path), "train")) == ["abcd", "efgh", "ijkl"]
     assert list(lft.hub_documents(str(tmp_path), "held-out")) == ["mnop"]
-    monkeypatch.setattr(lft, "is_local", lambda data: False)
     batches = lft.token_batches(str(tmp_path), Letters(), 2, 5, seed=0)
     text = "".join(chr(token) for _ in range(3) for token in next(batches).flatten())
     assert text.replace("\0", "|") == "abcd|efgh|ijkl|" * 2  # its own order, one pass after another
@@ -551,7 +617,7 @@ def script(monkeypatch, capsys, teacher_folder, text):
     def run(module, *options):
         options = [str(option) for option in options]
         defaults = {"--device": "cpu"}
-        if module is not eval_kl:
+        if module is not eval_kl and "--resume" not in options:
             defaults |= {"--teacher": teacher_folder, "--data": text, "--start": 1, "--end": 4, "--max-steps": 3}
         for name, value in defaults.items():
             options += [] if name in options else [name, str(value)]
@@ -581,7 +647,7 @@ def test_a_run_is_saved_loaded_and_scored(script, tmp_path, module, solver, step
     assert status == 0
     assert lines[0] == f"teacher {teacher_folder}, data {text}, on cpu: one flow replaces layers 1..3, 3 of 6"
     assert str(out) in lines[-1]
-    assert sorted(path.name for path in out.iterdir()) == ["flow.json", "flow.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "flow.json", "flow.safetensors", "log.jsonl"]
     info = json.loads((out / "flow.json").read_text())
     assert (info["start"], info["end"], info["solver"], info["steps"], info["trained_steps"]) == (1, 4, solver, steps, 3)
 
@@ -669,15 +735,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights
 
 
 def test_a_failed_run_keeps_its_last_good_step_and_never_overwrites_with_nothing(script, tmp_path, monkeypatch):
-    out, losses = tmp_path / "run", iter([1, 1, 1, math.nan])
+    out, losses = tmp_path / "run", itertools.chain([1, 1, 1, math.nan], itertools.repeat(1))
     flow_matching_loss = train_fm.flow_matching_loss
-    monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args: flow_matching_loss(*args) * next(losses))
+    monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args, **more: flow_matching_loss(*args, **more) * next(losses))
     status, _, _ = script(train_fm, "--out", out, "--max-steps", 9)
     assert "the loss of step 4 is nan" in status and f"{out} holds the flow of step 2" in status
     assert json.loads((out / "flow.json").read_text())["trained_steps"] == 2
     before = listing(out)
     for first, last in [([1], "the loss of step 2 is nan"), ([], "the loss of step 1 is nan")]:
-        losses = iter([*first, math.nan])
+        losses = itertools.chain(first, [math.nan], itertools.repeat(1))
         status, _, _ = script(train_fm, "--out", out, "--overwrite")
         assert last in status and "nothing was saved" in status and listing(out) == before
     losses = itertools.repeat(1)
@@ -686,13 +752,12 @@ def test_a_failed_run_keeps_its_last_good_step_and_never_overwrites_with_nothing
 
 
 def test_held_out_scores_and_the_flow_come_every_so_often(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fm, "EVALUATE_EVERY", 2)
     saved = []
     monkeypatch.setattr(train_fm, "save_flow", lambda folder, velocity, info: saved.append(info["trained_steps"]))
-    status, printed, _ = script(train_fm, "--out", tmp_path / "run", "--max-steps", 5)
+    status, printed, _ = script(train_fm, "--out", tmp_path / "run", "--max-steps", 5, "--save-every", 2)
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "step 5"]
-    assert all("held-out NMSE 0." in line and "KL " in line for line in lines) and saved == [2, 4, 5, 5]
+    assert all("held-out NMSE 0." in line and "KL " in line for line in lines) and saved == [2, 4, 5]
 
 
 def test_ctrl_c_saves_and_says_where(tmp_path, teacher_folder, text):
@@ -731,7 +796,7 @@ def listing(folder):
         (["--teacher", "empty"], "neither a folder"),
         (["--teacher", "headless"], "lacks 12 of its weights"),
         (["--data", "no/such/*.txt"], "no file is named by"),
-        (["--data", "empty"], "no file is named by"),
+        (["--data", "empty"], "no text at empty"),
         (["--alpha", "-0.1"], "give 0 or more"),
         (["--lr", "0"], "--lr 0.0 is too small"),
         (["--teacher", "speechless"], "has no tokenizer that fits it"),
@@ -804,6 +869,324 @@ def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, tmp_path, 
         assert listing(out) == before and not (tmp_path / "table.json").exists()
     status, _, errors = script(eval_kl, tmp_path / "nowhere")
     assert status == 2 and "no run at" in errors
+
+
+# Runs that stop and go on, and runs of several processes
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A small data set of compressed JSON lines, laid out like monology/pile-uncopyrighted."""
+    folder = tmp_path_factory.mktemp("shards")
+    words = (HERE / "lft.py").read_text().split()
+    texts = [" ".join(words[i : i + 40]) for i in range(0, 1200, 40)]  # 30 documents
+    write_shard(folder / "train" / "00.jsonl.zst", texts[:11])
+    write_shard(folder / "train" / "01.jsonl.zst", texts[11:25])
+    write_shard(folder / "val.jsonl.zst", texts[25:])
+    return folder
+
+
+def equal_runs(one, two):
+    """Whether two runs hold the same weights, optimizer, place in the text and random state, bit for bit."""
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
+    one["args"]["out"] = two["args"]["out"]
+    one["args"]["resume"] = two["args"]["resume"]
+
+    def equal(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+    return equal(one, two)
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [[], ["--accumulate", 2]])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("module", [train_fm, train_fw])
+def test_a_resumed_run_is_the_run_that_never_stopped(script, tmp_path, monkeypatch, module, streamed, options, shards, text):
+    """Bit for bit, over the end of a pass: the streamed text has 41 sequences, and eight steps of 8 take 64."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    save_flow = lft.save_flow
+
+    def save_and_copy(folder, velocity, info):
+        save_flow(folder, velocity, info)
+        if info["trained_steps"] == 4:
+            shutil.copytree(folder, half)
+
+    monkeypatch.setattr(train_fm, "save_flow", save_and_copy)
+    options = ["--batch-size", 8, "--max-steps", 8, "--save-every", 4, "--data", shards if streamed else text, *options]
+    assert script(module, "--out", whole, *options)[0] == 0
+    monkeypatch.undo()
+    assert torch.load(half / "checkpoint.pt", weights_only=True)["step"] == 4
+    with open(half / "log.jsonl", "a") as log:  # as of a run that was killed while it wrote what comes after the checkpoint
+        log.write('{"step": 5, "tokens": 0}\n{"step": 6, "tok')
+    assert script(module, "--resume", half)[0] == 0
+    assert equal_runs(whole, half)
+    assert (whole / "flow.safetensors").read_bytes() == (half / "flow.safetensors").read_bytes()
+    assert json.loads((whole / "flow.json").read_text()) == json.loads((half / "flow.json").read_text())
+    one, two = ([{**line, "tokens_per_second": 0} for line in logged(run)] for run in (whole, half))
+    assert [line["step"] for line in one] == [4, 8] and one == two
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(script, tmp_path, monkeypatch):
+    script(train_fw, "--out", tmp_path / "whole", "--max-steps", 6)
+    steps = iter(range(6))
+    loss_of = train_fw.flow_walking_loss
+
+    def interrupting(*args, **more):
+        if next(steps) == 2:
+            signal.raise_signal(signal.SIGINT)  # in the middle of step 3, which is finished
+        return loss_of(*args, **more)
+
+    monkeypatch.setattr(train_fw, "flow_walking_loss", interrupting)
+    status, _, _ = script(train_fw, "--out", tmp_path / "part", "--max-steps", 6)
+    assert status == f"interrupted; {tmp_path / 'part'} holds the flow of step 3"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    assert script(train_fw, "--resume", tmp_path / "part")[0] == 0
+    assert equal_runs(tmp_path / "whole", tmp_path / "part")
+
+
+def in_process(module, options, environment=None, interrupted=False):
+    """What a process of its own does: a script's main; if told so, with a Ctrl-C during the first step."""
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    loss_of = train_fm.flow_matching_loss
+
+    def interrupting(*args, **more):
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+        return loss_of(*args, **more)
+
+    if interrupted:
+        train_fm.flow_matching_loss = interrupting
+    sys.argv = [module, *map(str, options)]
+    lft.run_script({"train_fm": train_fm, "train_fw": train_fw}[module].main)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A way to start processes that have loaded the libraries already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_lft"])
+    return context
+
+
+KILLS = int(os.environ.get("KILLS", 6))
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(processes, tmp_path, teacher_folder, text):
+    """kill -9 at random moments, in the middle of a save too; what comes out in the end is the run that nobody killed."""
+    options = ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--device", "cpu", "--batch-size", 1]
+    options += ["--max-steps", 20 + 5 * KILLS, "--save-every", 1]
+    run, chance, (teacher, _) = tmp_path / "killed", random.Random(0), lft.load_teacher(str(teacher_folder))
+    checkpoint = run / "checkpoint.pt"
+
+    def start():
+        resumed = ["--resume", run, "--device", "cpu"] if checkpoint.exists() else [*options, "--out", run]
+        process = processes.Process(target=in_process, args=("train_fm", resumed))
+        process.start()
+        return process
+
+    for kill in range(KILLS):
+        process, before = start(), checkpoint.read_bytes() if checkpoint.exists() else None
+        while process.is_alive() and kill % 3 and (not checkpoint.exists() or checkpoint.read_bytes() == before):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1 if kill % 3 else 1.0))  # two of three while it trains, one at any time
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if checkpoint.exists():
+            torch.load(checkpoint, weights_only=True)
+        if (run / "flow.json").exists():
+            lft.load_flow(run, teacher)
+    process = start()
+    process.join()
+    assert process.exitcode == 0
+    whole = processes.Process(target=in_process, args=("train_fm", [*options, "--out", tmp_path / "whole"]))
+    whole.start()
+    whole.join()
+    assert equal_runs(tmp_path / "whole", run)
+    assert [line["step"] for line in logged(run)] == list(range(1, 21 + 5 * KILLS))
+
+
+def test_a_full_disk_is_said_and_leaves_the_earlier_run(script, tmp_path):
+    out = tmp_path / "run"
+    assert script(train_fm, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.jsonl"}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # every write beyond fails, as on a full disk
+        status, _, errors = script(train_fm, "--out", out, "--overwrite", "--seed", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 2 and "could not be written, and is as it was: make room" in errors and errors.count("error:") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.jsonl"} == before
+
+
+def test_what_cannot_be_resumed_is_refused(script, tmp_path, monkeypatch, teacher_folder):
+    run = tmp_path / "run"
+    script(train_fm, "--out", run, "--max-steps", 2, "--save-every", 1)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+
+    def refused(module, message, *options, **changed):
+        if changed:
+            torch.save(saved | {"step": 1} | changed, run / "checkpoint.pt")
+        before = listing(tmp_path)
+        status, _, errors = script(module, "--resume", run, *options)
+        assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+        assert listing(tmp_path) == before
+
+    refused(train_fm, "trained to its last step, 2")
+    refused(train_fw, "is a run of train_fm.py", step=1)
+    refused(train_fm, "leave out --lr", "--lr", 1.0)
+    refused(train_fm, "needs the teacher", teacher_is={})
+    refused(train_fm, "and 2 processes", processes=saved["processes"] * 2)
+    (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:3000])
+    refused(train_fm, "is damaged, or no checkpoint")
+    torch.save(print, run / "checkpoint.pt")  # a pickled function: it is not loaded
+    refused(train_fm, "is damaged, or no checkpoint")
+    (run / "checkpoint.pt").unlink()
+    refused(train_fm, "no checkpoint at")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_batches_go_on_from_a_saved_state(tmp_path, shards, text, tiny, streamed):
+    data, (_, tokenizer) = str(shards if streamed else text), tiny
+    state = {}
+    batches = lft.token_batches(data, tokenizer, 3, 32, 0, state)
+    taken, states = [], []
+    for _ in range(200):  # many passes
+        taken.append(next(batches))
+        states.append(copy.deepcopy(state))
+    for after in (0, 1, 7, 50, 100):
+        again = lft.token_batches(data, tokenizer, 3, 32, 0, copy.deepcopy(states[after]))
+        assert all(torch.equal(next(again), batch) for batch in taken[after + 1 : after + 60])
+
+
+def test_processes_share_local_text_out_as_one_process_takes_it(text, tiny):
+    _, tokenizer = tiny
+    one = lft.token_batches(str(text), tokenizer, 4, 32, 0)
+    two = [lft.token_batches(str(text), tokenizer, 2, 32, 0, rank=rank, processes=2) for rank in (0, 1)]
+    for _ in range(100):
+        assert torch.equal(next(one), torch.cat([next(batches) for batches in two]))
+
+
+def test_processes_read_rows_of_their_own(shards):
+    rows = [list(lft.hub_documents(str(shards), "train", rank=rank, processes=2)) for rank in (0, 1)]
+    assert sorted(rows[0] + rows[1]) == sorted(lft.hub_documents(str(shards), "train")) and len(rows[0]) > 5 < len(rows[1])
+    # More processes than rows: one of them would wait for text for ever.
+    with pytest.raises(lft.InputError, match="fewer rows than there are processes"):
+        next(lft.token_batches(str(shards), Letters(), 2, 4, 0, rank=99, processes=100))
+
+
+def run_two(processes, module, *options, interrupted=False):
+    """Run a script in two processes, as torchrun starts them, with a Ctrl-C for both or without."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        started.append(processes.Process(target=in_process, args=(module, options, environment, interrupted)))
+        started[-1].start()
+    for process in started:
+        process.join(60)
+        process.kill()  # one that hangs has no exit code yet, and fails
+    assert [process.exitcode for process in started] == [int(interrupted), 0]
+
+
+def test_parts_and_processes_train_as_one_batch_does(script, processes, tmp_path, teacher_folder, text):
+    """With one Euler step Flow Walking draws no times, so two processes, or two parts, make the very step that one makes."""
+    options = ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--device", "cpu", "--steps", 1]
+    options += ["--solver", "euler", "--batch-size", 8, "--max-steps", 4, "--lr", 0.001]
+    script(train_fw, *options, "--out", tmp_path / "one")
+    script(train_fw, *options, "--out", tmp_path / "parts", "--accumulate", 4)
+    run_two(processes, "train_fw", *options, "--out", tmp_path / "two")
+    run_two(processes, "train_fw", *options, "--out", tmp_path / "both", "--accumulate", 2)
+    expected, weights = logged(tmp_path / "one")[-1], load_file(tmp_path / "one" / "flow.safetensors")
+    start = lft.load_teacher(str(teacher_folder))[0].gpt_neox.layers[2].state_dict()
+    moved = sum((weights["layer." + name] - weight).square().sum() for name, weight in start.items())
+    for run in ("parts", "two", "both"):
+        line = logged(tmp_path / run)[-1]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert line["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-2)  # in bfloat16
+        other = load_file(tmp_path / run / "flow.safetensors")
+        apart = sum((weights["layer." + name] - other["layer." + name]).square().sum() for name in start)
+        assert 0 < moved and apart < 0.01 * moved
+    info = json.loads((tmp_path / "two" / "flow.json").read_text())
+    assert info["trained_tokens"] == 4 * 8 * 32
+
+
+def test_the_gradient_of_two_processes_is_that_of_the_joint_batch(processes, tmp_path, teacher_folder, text):
+    """Flow matching in two processes, each with times of its own, against autograd on the joint batch."""
+    options = ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--device", "cpu", "--batch-size", 8]
+    run_two(processes, "train_fm", *options, "--max-steps", 1, "--out", tmp_path / "two")
+    teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    torch.manual_seed(0)
+    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
+    times = [torch.rand(4, 1, 1)]
+    torch.manual_seed(1)
+    times = torch.cat([*times, torch.rand(4, 1, 1)])
+    with train_fm.autocast(torch.device("cpu")):
+        x0, x1, context = lft.hidden_pair(teacher, next(lft.token_batches(str(text), tokenizer, 8, 32, 0)), 1, 4)
+        loss = (velocity((1 - times) * x0 + times * x1, times, **context) - (x1 - x0)).square().mean()
+    loss.backward()
+    line = logged(tmp_path / "two")[-1]
+    norm = sum(weight.grad.square().sum() for weight in velocity.parameters()).sqrt()
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_two_processes_resume_exactly(processes, tmp_path, teacher_folder, shards):
+    options = ["--teacher", teacher_folder, "--data", shards, "--start", 1, "--end", 4, "--device", "cpu", "--batch-size", 4]
+    options += ["--max-steps", 4, "--save-every", 2]
+    run_two(processes, "train_fm", *options, "--out", tmp_path / "whole")
+    run_two(processes, "train_fm", *options, "--out", tmp_path / "half", interrupted=True)
+    assert torch.load(tmp_path / "half" / "checkpoint.pt", weights_only=True)["step"] == 2
+    run_two(processes, "train_fm", "--resume", tmp_path / "half", "--device", "cpu")
+    assert equal_runs(tmp_path / "whole", tmp_path / "half")
+
+
+def test_the_log_says_what_training_did(script, tmp_path):
+    out = tmp_path / "run"
+    script(train_fm, "--out", out, "--max-steps", 25, "--save-every", 20, "--batch-size", 8)
+    lines = logged(out)
+    assert [line["step"] for line in lines] == [10, 20, 25] and [line["tokens"] for line in lines] == [2560, 5120, 6400]
+    assert all(len(line["loss_by_quarter_of_t"]) == 4 and line["tokens_per_second"] > 0 for line in lines)
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["lr"] > 0 for line in lines)
+    assert ["held_out_kl" in line for line in lines] == [False, True, True]
+
+
+def test_losses_by_quarter_of_t():
+    """With a velocity that is off by t itself the loss of a sequence is t squared: its mean over a quarter is known."""
+    torch.manual_seed(0)
+    x0, x1, by_quarter = torch.randn(4096, 2, 3), torch.randn(4096, 2, 3), torch.zeros(2, 4)
+    loss = train_fm.flow_matching_loss(lambda x, t: x1 - x0 + t, x0, x1, by_quarter=by_quarter)
+    expected = torch.tensor([((i + 1) ** 3 - i**3) / 48 for i in range(4)])  # the mean of t squared over each quarter
+    torch.testing.assert_close(by_quarter[0] / by_quarter[1], expected, rtol=0.1, atol=0)
+    assert by_quarter[1].sum() == 4096 and by_quarter[0].sum() / 4096 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_operations_are_counted(small):
+    """A training step's matrix products by hand: layers [0, end) once, the velocity forwards and twice backwards."""
+    args = argparse.Namespace(seq_len=16, start=1, end=4)
+    h, channels = 32, lft.TIME_CHANNELS
+    weights = 4 * h * h + 2 * 2 * h * h  # query, key, value, output; the MLP is twice as wide, both ways
+    layer = 2 * weights + 2 * 2 * 16 * h  # and the scores and the mean of values over 16 tokens
+    time_mlp = 2 * (channels * channels + channels * 6 * h) / 16  # once a sequence
+    expected = 4 * layer + 3 * (layer + time_mlp) - 2 * channels * channels / 16  # the sinusoid needs no gradient
+    teacher = copy.deepcopy(small)
+    teacher.set_attn_implementation("eager")  # as on a GPU, where sdpa is counted too
+    velocity = random_velocity(teacher).requires_grad_(True)
+    objective = train_fm.Objective(velocity, train_fm.flow_matching_loss, torch.device("cpu"))
+    assert train_fm.operations(teacher, objective, args) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("teacher, data", [("EleutherAI/pythia-410m", "stdlib"), ("tiny_teacher", "monology/pile-uncopyrighted")])

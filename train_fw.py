@@ -1,30 +1,33 @@
 """Train a velocity field by Flow Walking (Eq. 8, Alg. 2) to stand in for a span of a teacher's layers.
 
-    python train_fw.py --start 6 --end 18      # one flow for layers 6..17, twelve of them
+    python train_fw.py --start 6 --end 18              # one flow for layers 6..17, twelve of them
+    python train_fw.py --resume runs/fw-6-18           # go on with a run that was stopped, as if it had not been
 
 Flow matching looks at points on the straight path from x0 to x1. Where such paths cross it learns the mean of their
 velocities, and which x0 belongs to which x1 is lost. Flow Walking asks only that a walk from x0, each step starting where
 the last one landed, ends at the right x1. The training loop is that of train_fm.py.
 """
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from lft import SOLVERS, InputError, check_positive, integrate, run_script
-from train_fm import flow_matching_loss, parse_arguments, train
+from train_fm import flow_matching_loss, parse_arguments, read_arguments, train
 
 
-def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0):
+def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, by_quarter=None):
     """Flow Walking (Eq. 8, Alg. 2): walk from x0 through random times to t = 1, and compare with x1.
 
     velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all `steps` steps. With alpha
-    above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM. Returns the mean square over all elements.
+    above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM. Returns the mean square over all elements. by_quarter: as in
+    flow matching, for the hybrid's share of it.
     """
     inner = torch.rand(steps - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
     loss = F.mse_loss(x1_hat, x1)  # Eq. 8
-    return loss + alpha * flow_matching_loss(velocity, x0, x1) if alpha else loss  # Eq. 9
+    return loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter) if alpha else loss  # Eq. 9
 
 
 def main():
@@ -33,16 +36,13 @@ def main():
     add("--steps", type=int, default=3, help="steps of the walk, k (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
     add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
-    args = parser.parse_args()
+    args, saved = read_arguments(parser, "fw")
     check_positive(args, "steps")
     if not 0 <= args.alpha < math.inf:
         raise InputError(f"--alpha {args.alpha} is no weight: give 0 or more")
-    options = {"steps": args.steps, "solver": args.solver}
-
-    def loss_of(velocity, x0, x1):
-        return flow_walking_loss(velocity, x0, x1, **options, alpha=args.alpha)
-
-    train(args, "fw", loss_of, **options, notes={"alpha": args.alpha})
+    walk = {"steps": args.steps, "solver": args.solver}
+    loss_of = functools.partial(flow_walking_loss, **walk, alpha=args.alpha)
+    train(args, saved, "fw", loss_of, **walk, notes={"alpha": args.alpha})
 
 
 if __name__ == "__main__":
