@@ -201,6 +201,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
         raise InputError(
             f"{out} cannot be resumed here: it needs the teacher {args.teacher} as it was, and {len(saved['processes'])} processes"
         )
+    # The velocity, and the text.
     torch.manual_seed(args.seed)
     velocity = VelocityBlock(teacher.config, init_layer(teacher, args)).to(device)
     held_out = held_out_tokens(args.data, tokenizer, args.seq_len, EVALUATE_TOKENS)
@@ -215,6 +216,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
     if not os.access(out, os.W_OK):
         raise InputError(f"--out {out} cannot be written to: give another")
 
+    # The optimizer and its schedule; where a resumed run goes on.
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
 
     def lr_factor(step):  # half a cosine from the peak down to a twentieth of it, times a linear warm-up
@@ -233,12 +235,14 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
     elif rank:
         torch.manual_seed(args.seed + rank)  # each process draws times of its own
 
+    # What the device runs.
     maybe_compiled = torch.compile if args.compile else lambda function: function
     pair_of, objective = maybe_compiled(hidden_pair), Objective(maybe_compiled(velocity), loss_of, device)
     peak = peak_of(device)
     operations_per_token = operations(teacher, Objective(velocity, loss_of, device), args) if peak else None
     parallel = DistributedDataParallel(objective) if processes > 1 else objective
 
+    # How the flow is scored and saved.
     student = flow_row(FlowLayer(velocity, args.start, args.end, solver, steps))
     dropped = skip_row(args.start, args.end - args.start, args.end)
 
@@ -278,6 +282,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
             "trained_steps": done, "trained_tokens": done * tokens_per_step,
         })  # fmt: skip
 
+    # The loop.
     tokens_per_step = args.batch_size * args.seq_len
     layers = f"layers {layer_range(args.start, args.end)}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     if rank == 0:
@@ -310,7 +315,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
                         part_loss = parallel(*pair_of(teacher, part, args.start, args.end)) / args.accumulate
                     part_loss.backward()
                 loss += part_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            norm = nn.utils.clip_grad_norm_(weights, 1.0)
             finite &= norm.isfinite()
             with torch.no_grad():
                 for kept, weight in zip(good, weights):
@@ -324,6 +329,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
             if done % LOG_EVERY and not saving and not (interrupted and processes == 1):
                 continue
 
+            # Now and then the device is waited for: is all well, what is to be told and saved, and is it time to stop?
             figures, by_quarter = torch.stack(window), objective.by_quarter.clone()
             if processes > 1:
                 dist.all_reduce(figures)
@@ -375,6 +381,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
             raise
         save_checkpoint()
         stopped = str(error)
+    except OSError as error:  # of the log
+        raise InputError(f"{out} cannot be written to ({error.strerror}): make room, then --resume {out}") from error
     except torch.OutOfMemoryError as error:
         raise InputError(f"the memory of {device} does not hold a step: raise --accumulate, or lower --batch-size") from error
     finally:
