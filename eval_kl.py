@@ -22,10 +22,13 @@ from lft import (
 )  # fmt: skip
 
 
-def kl_divergence(teacher_logits, student_logits):
-    """KL(teacher || student) in nats for each token: logits (batch, seq, vocabulary) to (batch, seq), in float32."""
-    log_p = teacher_logits.float().log_softmax(dim=-1)
-    log_q = student_logits.float().log_softmax(dim=-1)
+def log_probabilities(logits):
+    """The logarithms of the next-token probabilities, in float32 whatever the logits are in."""
+    return logits.float().log_softmax(dim=-1)
+
+
+def kl_divergence(log_p, log_q):
+    """KL(p || q), p the teacher's and q the student's, in nats for each token: (batch, seq, vocabulary) to (batch, seq)."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -83,15 +86,15 @@ def evaluate(teacher, sequences, end, rows, title=None):
         states = [x]
         for layer in teacher.gpt_neox.layers:
             states.append(layer(states[-1], **context))
-        teacher_logits = logits_of(teacher, states[-1])
+        log_p = log_probabilities(logits_of(teacher, states[-1]))
+        top = log_p.argmax(-1)
         for name, row in rows.items():
             x_end, x_last = row(teacher, states, context)
-            logits = logits_of(teacher, x_last)
-            nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+            log_q = log_probabilities(logits_of(teacher, x_last))
             measures = {
-                "kl": kl_divergence(teacher_logits, logits),
-                "nll": nll,
-                "agreement": (logits.argmax(-1) == teacher_logits.argmax(-1)).float(),
+                "kl": kl_divergence(log_p, log_q),
+                "nll": -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0],
+                "agreement": (log_q.argmax(-1) == top).float(),
                 "error": (x_end - states[end]).square().sum(-1),
                 "norm": states[end].square().sum(-1),
             }
