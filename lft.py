@@ -89,7 +89,8 @@ class VelocityBlock(nn.Module):
             return vectors()
         # At inference the same few times come with every token: a frozen block keeps their vectors, until other weights
         # are loaded. (An optimizer may change weights without counting it as a new version, so no other block does.)
-        known_for = [(weight.data_ptr(), weight._version) for weight in weights]
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(weights[0].device.type)
+        known_for = [modes, *((weight.data_ptr(), weight._version) for weight in weights)]
         if self.known_for != known_for:
             self.known, self.known_for = {}, known_for
         if t not in self.known:

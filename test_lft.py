@@ -258,6 +258,9 @@ def test_time_vectors_are_kept_at_inference_until_a_weight_changes(small, ids):
         assert not torch.equal(other(x, 0.5, **context), before[1])
         other.load_state_dict(velocity.state_dict())
         assert torch.equal(other(x, 0.5, **context), before[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity(x, 0.5, **context)
+        assert torch.equal(velocity(x, 0.5, **context), before[1])  # not what autocast rounded
     velocity.requires_grad_(True)
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=0.1, fused=True)
     for _ in range(2):  # while it is trained, nothing is kept
