@@ -139,7 +139,7 @@ def times_over_first(models, step):
 def speeds(models, ids):
     """Parameters of each model, and its time over the first one's, the teacher's: a list of dicts.
 
-    "prefill_time": a forward pass over ids (1, seq) without a cache. "decode_time": a token more with the cache of that
+    "prefill_time": a forward pass over ids (1, seq) without a cache. "decode_time": some tokens more with the cache of that
     pass; None if the flow has more evaluations than cache slots. "ideal_time": layers left plus velocity evaluations, over
     the teacher's layers.
     """
@@ -151,7 +151,6 @@ def speeds(models, ids):
     def decode(model, number):
         for _ in range(DECODED):
             model(ids[:, -1:], past_key_values=caches[number])
-        caches[number].crop(-DECODED)
 
     decoding = dict(zip(map(id, cached), times_over_first(cached, decode)))
 

@@ -1192,7 +1192,7 @@ def test_operations_are_counted(small):
     teacher.set_attn_implementation("eager")  # as on a GPU, where sdpa is counted too
     velocity = random_velocity(teacher).requires_grad_(True)
     objective = train_fm.Objective(velocity, train_fm.flow_matching_loss, torch.device("cpu"))
-    assert train_fm.operations(teacher, objective, args) == pytest.approx(expected)
+    assert train_fm.operations(teacher, objective, args) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("teacher, data", [("EleutherAI/pythia-410m", "stdlib"), ("tiny_teacher", "monology/pile-uncopyrighted")])
