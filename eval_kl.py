@@ -246,7 +246,7 @@ def main():
     add = parser.add_argument
     add("run", help="folder that train_fm.py or train_fw.py wrote")
     add("--teacher", help="where the run's teacher is now (default: where it was in training)")
-    add("--data", help="stdlib, a text file, a glob, or a hub data set; its held-out part is read (default: what the run was trained on)")
+    add("--data", help="stdlib, a text file, a glob, or a data set, on the hub or in a folder; its held-out part is read (default: what the run was trained on)")
     add("--tokens", type=int, default=32_768, help="held-out tokens to score (default %(default)s)")
     add("--json", help="file to write the rows to as well (default: none)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")

@@ -58,7 +58,7 @@ def parse_arguments(description, method, start, end, lr_times_width):
     add("--start", type=int, default=start, help="first layer that is replaced (default %(default)s)")
     add("--end", type=int, default=end, help="first layer after the span, not replaced (default %(default)s)")
     add("--teacher", help=f"{TINY_TEACHER}, a folder, or a GPT-NeoX on the hub (default: EleutherAI/pythia-410m on a CUDA GPU, else {TINY_TEACHER})")
-    add("--data", help="stdlib, a text file, a glob, or a hub data set (default: stdlib for tiny_teacher, else monology/pile-uncopyrighted)")
+    add("--data", help="stdlib, a text file, a glob, or a data set, on the hub or in a folder (default: stdlib for tiny_teacher, else monology/pile-uncopyrighted)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", help=f"folder for the run (default runs/{method}-START-END)")
     add("--overwrite", action="store_true", help="replace the run that --out holds (default: refuse)")

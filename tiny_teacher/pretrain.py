@@ -1,6 +1,6 @@
 """Pretrain the embedded teacher: a 24-layer, width-128 GPT-NeoX on the Python standard library's source.
 
-    python -m tiny_teacher.pretrain                  # an hour on two cores, into runs/tiny_teacher
+    python -m tiny_teacher.pretrain                  # 75 minutes on two cores, into runs/tiny_teacher
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
 Pythia-410M's architecture at a 77th of its size, with as many layers, so that a span such as 6 -> 18 means the
