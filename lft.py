@@ -639,11 +639,11 @@ def default_seq_len(teacher):
     return teacher.config.max_position_embeddings // 2
 
 
-def check_seq_len(teacher, seq_len):
+def check_seq_len(teacher, seq_len, option="--seq-len"):
     """Raise InputError unless a sequence of seq_len tokens fits the teacher and has a next token to predict."""
     positions = teacher.config.max_position_embeddings
     if not 2 <= seq_len <= positions:
-        raise InputError(f"--seq-len {seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
+        raise InputError(f"{option} {seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
 
 
 def pick_device(name=None):

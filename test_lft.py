@@ -1,6 +1,8 @@
 """Tests, each against an independent truth: a closed form, the library's own output, or a computation by hand.
 
     python -m pytest test_lft.py
+
+    python test_lft.py           # no test: prints how fast training is, over the same matrix products alone
 """
 import argparse
 import copy
@@ -699,6 +701,8 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
     velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
     weights = list(velocity.parameters())
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    muon = [name.startswith("layer.") and w.ndim == 2 for name, w in velocity.named_parameters()]
+    assert sum(muon) == 4  # the matrices of the attention and of the MLP
     batches = lft.token_batches(str(text), tokenizer, 3, 32, seed=0)
     for n in range(1, 5):
         with train_fm.autocast(torch.device("cpu")):
@@ -708,22 +712,34 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
         norm = sum(g.square().sum() for g in gradients).sqrt()
         lr = 0.05 * n / 50 * (0.05 + 0.95 * (1 + math.cos(math.pi * (n - 1) / 4)) / 2)
         with torch.no_grad():
-            for w, g, m, v in zip(weights, gradients, first, second):  # AdamW (0.9, 0.95), decay 0.01, clipped at norm 1
+            for w, g, m, v, by_muon in zip(weights, gradients, first, second, muon):  # decay 0.01, clipped at norm 1
                 g = g / max(norm, 1)
-                m.mul_(0.9).add_(0.1 * g)
-                v.mul_(0.95).add_(0.05 * g * g)
-                w.mul_(1 - 0.01 * lr).sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
+                w.mul_(1 - 0.01 * lr)
+                if by_muon:  # momentum 0.95, Nesterov's, made nearly orthogonal by five Newton-Schulz steps
+                    m.mul_(0.95).add_(0.05 * g)
+                    x = 0.05 * g + 0.95 * m
+                    tall, x = len(x) > len(x.T), x.bfloat16() / x.bfloat16().norm()
+                    x = x.T if tall else x
+                    for _ in range(5):
+                        square = x @ x.T
+                        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+                    w.sub_(lr * 0.2 * max(w.shape) ** 0.5 * (x.T if tall else x))
+                else:  # AdamW (0.9, 0.95)
+                    m.mul_(0.9).add_(0.1 * g)
+                    v.mul_(0.95).add_(0.05 * g * g)
+                    w.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
     # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding: so the whole is compared, not each weight.
     start = teacher.gpt_neox.layers[2].state_dict()
     by_hand = {name.removeprefix("layer."): weight for name, weight in velocity.state_dict().items()}
     moved = sum((by_hand[name] - weight).square().sum() for name, weight in start.items())
     apart = sum((by_hand[name] - trained["layer." + name]).square().sum() for name in start)
-    assert moved > 0.01 and apart < 1e-3 * moved
+    # And Newton-Schulz steps in bfloat16 magnify the rounding of the smallest singular values.
+    assert moved > 0.01 and apart < 0.03 * moved
 
 
 @pytest.mark.parametrize("init, layer", [("middle", 2), ("first", 1), ("5", 5), ("random", None)])
 def test_init_names_the_layer_to_start_from(small, init, layer):
-    args = train_fm.parse_arguments("", "fm", 1, 4, 1.0).parse_args(["--init", init])
+    args = train_fm.parse_arguments("", "fm", 1, 4).parse_args(["--init", init])
     expected = None if layer is None else small.gpt_neox.layers[layer]
     assert train_fm.init_layer(small, args) is expected
 
@@ -936,7 +952,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(script, tmp_path, monkeypat
     assert equal_runs(whole, half)
     assert (whole / "flow.safetensors").read_bytes() == (half / "flow.safetensors").read_bytes()
     assert json.loads((whole / "flow.json").read_text()) == json.loads((half / "flow.json").read_text())
-    one, two = ([{**line, "tokens_per_second": 0} for line in logged(run)] for run in (whole, half))
+    one, two = ([{**line, "tokens_per_second": 0, "peak_memory_gib": 0} for line in logged(run)] for run in (whole, half))
     assert [line["step"] for line in one] == [4, 8] and one == two
 
 
@@ -1168,6 +1184,25 @@ def test_the_log_says_what_training_did(script, tmp_path):
     assert all(len(line["loss_by_quarter_of_t"]) == 4 and line["tokens_per_second"] > 0 for line in lines)
     assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["lr"] > 0 for line in lines)
     assert ["held_out_kl" in line for line in lines] == [False, True, True]
+    peaks = [line["peak_memory_gib"] for line in lines]
+    assert sorted(peaks) == peaks and 0.05 < peaks[0] and peaks[-1] <= train_fm.peak_memory(torch.device("cpu")) + 0.005
+
+
+def test_the_peak_memory_holds_what_was_allocated():
+    before = train_fm.peak_memory(torch.device("cpu"))
+    more = torch.ones(round((before + 0.5) * 2**28))  # half a GiB above all that there was, in float32
+    assert before + 0.5 < train_fm.peak_memory(torch.device("cpu")) < 2 * before + 1.5
+    del more
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_the_run_that_is_not(script, tmp_path):
+    losses = []
+    for options in ([], ["--compile"]):
+        assert script(train_fw, "--out", tmp_path / f"run{len(losses)}", "--max-steps", 40, *options)[0] == 0
+        losses.append([line["loss"] for line in logged(tmp_path / f"run{len(losses)}")])
+    plain, compiled = losses
+    assert plain[-1] < 0.9 * plain[0] and compiled == pytest.approx(plain, rel=0.01)
 
 
 def test_losses_by_quarter_of_t():
@@ -1344,3 +1379,82 @@ def test_an_exported_student_is_smaller_by_the_layers_it_lost(tiny, tmp_path):
     added = sum(weight.numel() for weight in velocity.parameters())
     expected = (HERE / "tiny_teacher" / "model.safetensors").stat().st_size - 2 * removed + 4 * added  # float16, and float32
     assert (tmp_path / "student.safetensors").stat().st_size == pytest.approx(expected, rel=0.01)
+
+
+# A benchmark
+
+
+def benchmark(batch=8, seq=256, start=1, end=5, rounds=12):
+    """Print the tokens per second of training at Pythia-70M's shape, over those of the same matrix products alone.
+
+    All take turns in one process; random weights, so nothing is learned.
+    """
+    config = GPTNeoXConfig(vocab_size=50304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    cpu, ids = torch.device("cpu"), torch.randint(50304, (batch, seq))
+
+    def training(loss_of, compiled):
+        teacher = GPTNeoXForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager" if compiled else "sdpa")
+        teacher.requires_grad_(False).eval()
+        velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[3])
+        optimizers = train_fm.optimizers_of(velocity, lr=1e-4)
+        maybe = torch.compile if compiled else lambda function: function
+        pair_of, objective = maybe(lft.hidden_pair), train_fm.Objective(maybe(velocity), loss_of, cpu)
+
+        def step():
+            with train_fm.autocast(cpu):
+                loss = objective(*pair_of(teacher, ids, start, end))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(velocity.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            objective.zero_grad()
+
+        return step
+
+    def matrix_products(evaluations):
+        """Those of `end` layers forward, and of the velocity's evaluations forward and backward."""
+        shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
+        rows, matrices, scores = {}, {}, torch.randn(batch, heads, seq, seq).bfloat16()
+        for pair in shapes:
+            matrices[pair] = torch.randn(pair).bfloat16()
+            rows |= {width: torch.randn(batch * seq, width).bfloat16() for width in pair}
+        values = torch.randn(batch, heads, seq, hidden // heads).bfloat16()
+
+        def forward():
+            for (n, m), matrix in matrices.items():
+                rows[n] @ matrix
+            values @ values.mT, scores @ values
+
+        def backward():
+            for (n, m), matrix in matrices.items():
+                rows[m] @ matrix.T, rows[n].T @ rows[m]
+            values @ values.mT, scores.mT @ values, scores @ values, scores.mT @ values
+
+        def step():
+            for _ in range(end + evaluations):
+                forward()
+            for _ in range(evaluations):
+                backward()
+
+        return step
+
+    for name, loss_of, evaluations in (("flow matching", train_fm.flow_matching_loss, 1), ("Flow Walking", train_fw.flow_walking_loss, 6)):
+        steps = [matrix_products(evaluations), training(loss_of, compiled=False), training(loss_of, compiled=True)]
+        times = []
+        for _ in range(rounds):
+            times.append([])
+            for step in steps:
+                begin = time.perf_counter()
+                step()
+                times[-1].append(time.perf_counter() - begin)
+        floor, plain, compiled = zip(*times[2:])  # the first two warm up
+        for how, training_times in (("", plain), (", --compile", compiled)):
+            shares = sorted(f / t for f, t in zip(floor, training_times))
+            median = shares[len(shares) // 2]
+            print(f"{name}{how}: {batch * seq / sorted(training_times)[len(shares) // 2]:,.0f} tokens per second, "
+                  f"{median:.2f} of the matrix products alone ({shares[0]:.2f} to {shares[-1]:.2f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    benchmark()

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import signal
 import sys
 import time
@@ -50,10 +51,12 @@ def flow_matching_loss(velocity, x0, x1, by_quarter=None):
     return losses.mean()
 
 
-def parse_arguments(description, method, start, end, lr_times_width):
-    """The options that both methods share, with the defaults of one: its span, and its learning rate times the width."""
+LR_TIMES_WIDTH = 2.0
+
+
+def parse_arguments(description, method, start, end):
+    """The options that both methods share, with the default span of one."""
     parser = argparse.ArgumentParser(description=description)
-    parser.set_defaults(lr_times_width=lr_times_width)
     add = parser.add_argument
     add("--start", type=int, default=start, help="first layer that is replaced (default %(default)s)")
     add("--end", type=int, default=end, help="first layer after the span, not replaced (default %(default)s)")
@@ -68,7 +71,7 @@ def parse_arguments(description, method, start, end, lr_times_width):
     add("--batch-size", type=int, default=16, help="sequences in a step, of all GPUs together (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a GPU takes its sequences of a step, to save memory (default %(default)s)")
     add("--seq-len", type=int, help="tokens in a sequence (default: half the teacher's positions)")
-    add("--lr", type=float, help=f"peak learning rate (default: {lr_times_width} / the teacher's width)")
+    add("--lr", type=float, help=f"peak learning rate (default: {LR_TIMES_WIDTH:g} / the teacher's width)")
     add("--seed", type=int, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="middle", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
@@ -106,6 +109,16 @@ def init_layer(teacher, args):
     if args.init not in named:
         raise InputError(f"--init {args.init} is no layer: give middle, first, random or 0..{len(layers) - 1}")
     return named[args.init]
+
+
+def optimizers_of(velocity, lr):
+    """Muon for the matrices of the velocity's layer, AdamW for the rest; Muon's steps are scaled so that one lr suits both."""
+    matrices = [weight for weight in velocity.layer.parameters() if weight.ndim == 2]
+    others = [weight for weight in velocity.parameters() if not any(weight is matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
 
 
 def autocast(device):
@@ -161,6 +174,14 @@ def operations(teacher, objective, args):
     return counter.get_total_flops() / args.seq_len
 
 
+def peak_memory(device):
+    """The most memory that this process has held so far, in GiB: the GPU's, or without one the resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def cut_log(path, step):
     """Drop what was logged after a step, which a resumed run does again, and a last line that was not written whole."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -195,7 +216,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
     check_span(teacher, args.start, args.end)
     args.seq_len = args.seq_len or default_seq_len(teacher)
     check_seq_len(teacher, args.seq_len)
-    args.lr = args.lr or args.lr_times_width / teacher.config.hidden_size
+    args.lr = args.lr or LR_TIMES_WIDTH / teacher.config.hidden_size
     teacher_is = describe_teacher(teacher)
     if saved and (saved["teacher_is"] != teacher_is or len(saved["processes"]) != processes):
         raise InputError(
@@ -216,18 +237,19 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
     if not os.access(out, os.W_OK):
         raise InputError(f"--out {out} cannot be written to: give another")
 
-    # The optimizer and its schedule; where a resumed run goes on.
-    optimizer = torch.optim.AdamW(velocity.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    # The optimizers and their schedule; where a resumed run goes on.
+    optimizers = optimizers_of(velocity, args.lr)
 
     def lr_factor(step):  # half a cosine from the peak down to a twentieth of it, times a linear warm-up
         return min(1, (step + 1) / WARM_UP) * (0.525 + 0.475 * math.cos(math.pi * step / args.max_steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor) for optimizer in optimizers]
+    steppers = {"muon": optimizers[0], "adamw": optimizers[1], "muon_schedule": schedules[0], "adamw_schedule": schedules[1]}
     done = 0
     if saved:
         velocity.load_state_dict(saved["velocity"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        for name, stepper in steppers.items():
+            stepper.load_state_dict(saved[name])
         done = saved["step"]
         torch.set_rng_state(here["rng"])
         if device.type == "cuda":
@@ -236,6 +258,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
         torch.manual_seed(args.seed + rank)  # each process draws times of its own
 
     # What the device runs.
+    if args.compile and device.type == "cpu":
+        teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses; the velocity shares the setting
     maybe_compiled = torch.compile if args.compile else lambda function: function
     pair_of, objective = maybe_compiled(hidden_pair), Objective(maybe_compiled(velocity), loss_of, device)
     peak = peak_of(device)
@@ -269,7 +293,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
         if rank == 0:
             checkpoint = {
                 "method": method, "args": vars(args), "teacher_is": teacher_is, "step": done, "velocity": velocity.state_dict(),
-                "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "processes": states,
+                "processes": states, **{name: stepper.state_dict() for name, stepper in steppers.items()},
             }  # fmt: skip
             write_whole(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
             save()
@@ -320,9 +344,9 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
             with torch.no_grad():
                 for kept, weight in zip(good, weights):
                     kept.copy_(torch.where(finite, weight, kept))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            for stepper in steppers.values():
+                stepper.step()
+            objective.zero_grad()
             window.append(torch.stack([loss, norm]))
             done += 1
             saving = done % args.save_every == 0 or done == args.max_steps
@@ -347,7 +371,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
                 speed = len(figures) * tokens_per_step / (time.perf_counter() - clock)
                 line = {
                     "step": done, "tokens": done * tokens_per_step, "loss": sum(loss for loss, _ in figures) / len(figures),
-                    "lr": schedule.get_last_lr()[0], "gradient_norm": figures[-1][1], "tokens_per_second": round(speed),
+                    "lr": schedules[0].get_last_lr()[0], "gradient_norm": figures[-1][1], "tokens_per_second": round(speed),
+                    "peak_memory_gib": round(peak_memory(device), 2),
                 }  # fmt: skip
                 if peak:
                     line["mfu"] = speed / processes * operations_per_token / peak
@@ -411,7 +436,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
 
 
 def main():
-    args, saved = read_arguments(parse_arguments(__doc__.splitlines()[0], "fm", 6, 12, lr_times_width=2.0), "fm")
+    args, saved = read_arguments(parse_arguments(__doc__.splitlines()[0], "fm", 6, 12), "fm")
     train(args, saved, "fm", flow_matching_loss, solver="midpoint", steps=1)
 
 

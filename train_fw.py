@@ -31,7 +31,7 @@ def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, b
 
 
 def main():
-    parser = parse_arguments(__doc__.splitlines()[0], "fw", 6, 18, lr_times_width=0.4)
+    parser = parse_arguments(__doc__.splitlines()[0], "fw", 6, 18)
     add = parser.add_argument
     add("--steps", type=int, default=3, help="steps of the walk, k (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
