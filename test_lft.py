@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import zstandard
@@ -426,11 +427,38 @@ def test_a_table_for_a_span_at_an_end_of_the_model(small, start, end):
     assert rows["span dropped"]["ideal_time"] == pytest.approx((6 - (end - start)) / 6)
 
 
+class LinearLayer(torch.nn.Linear):
+    def forward(self, x, **context):
+        return super().forward(x)
+
+
+def with_linear_layer(teacher, start, end, linear):
+    """A copy of the teacher in which a linear layer stands where layers [start, end) stood."""
+    model = copy.deepcopy(teacher)
+    layer = LinearLayer(*linear.weight.shape)
+    layer.load_state_dict(linear.state_dict())
+    model.gpt_neox.layers = torch.nn.ModuleList([*model.gpt_neox.layers[:start], layer, *model.gpt_neox.layers[end:]])
+    return model
+
+
+@pytest.mark.parametrize("start, end", [(0, 6), (1, 4), (5, 6)])
+def test_the_linear_map_is_that_of_least_squares(small, ids, start, end):
+    batches = torch.randint(97, (6, 4, 24), generator=torch.Generator().manual_seed(4))
+    linear = eval_kl.fit_linear(small, batches, start, end)
+    x0, x1, _ = lft.hidden_pair(small, batches.flatten(0, 1), start, end)
+    x0, x1 = x0.flatten(0, 1).double().numpy(), x1.flatten(0, 1).double().numpy()
+    expected = numpy.linalg.lstsq(numpy.c_[x0, numpy.ones(len(x0))], x1, rcond=None)[0]
+    assert linear.weight.numpy() == pytest.approx(expected[:-1].T, abs=1e-4)
+    assert linear.bias.numpy() == pytest.approx(expected[-1], abs=1e-4)
+    logits = eval_kl.linear_model(small, start, end, linear)(ids, use_cache=False).logits
+    assert torch.allclose(logits, with_linear_layer(small, start, end, linear)(ids, use_cache=False).logits, atol=1e-5)
+
+
 def test_the_table_scores_the_student_itself(small):
     """Every row, whose states are shared, against the logits of a whole model, by transformers and in double precision."""
     sequences = torch.randint(97, (16, 24), generator=torch.Generator().manual_seed(3))
-    velocity, start, end = random_velocity(small), 1, 4
-    rows = {row["name"]: row for row in eval_kl.table(small, velocity, sequences, start, end)}
+    velocity, start, end, linear = random_velocity(small), 1, 4, torch.nn.Linear(32, 32).requires_grad_(False)
+    rows = {row["name"]: row for row in eval_kl.table(small, velocity, sequences, start, end, linear=linear)}
     teacher_logits = small(sequences, use_cache=False).logits.double()
 
     def expect(row, model, n=16):
@@ -463,6 +491,8 @@ def test_the_table_scores_the_student_itself(small):
             nmse = ((flow(x0, **context) - x1).double().square().sum() / x1.double().square().sum()).item()
             assert row["nmse"] == pytest.approx(nmse, rel=1e-4)
     expect(rows["span dropped"], lft.replace_span(small, start, end))
+    expect(rows["linear map"], with_linear_layer(small, start, end, linear))
+    assert rows["linear map"]["parameters"] == rows["span dropped"]["parameters"] + 32 * 33
 
     for n in (1, 2, 3, 4):
         ranked = {}
