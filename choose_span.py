@@ -4,7 +4,8 @@
 
 Between the states entering a span and the states leaving it there is one pairing that is shortest overall, the optimal transport.
 Where it pairs every token with itself, straight paths from x0 to x1 keep apart and flow matching can follow them. Where it
-re-pairs the tokens, the paths cross, and flow matching learns a mean over them. Needs scipy, and matplotlib for a picture.
+re-pairs the tokens, the paths cross, and flow matching learns a mean over them. Spans that share a ratio, 0 above all, are
+put in the order of how far they move the state, which is ours. Needs scipy, and matplotlib for a picture.
 """
 import argparse
 import itertools
@@ -25,6 +26,7 @@ try:
 except ImportError as error:
     raise SystemExit("error: choose_span.py needs two packages more: pip install scipy matplotlib") from error
 
+
 def recoupling_ratio(x0, x1):
     """The share of tokens that optimal transport pairs with another one's state, R = 1 - Tr(M) / O_M (Eq. 7).
 
@@ -38,24 +40,27 @@ def recoupling_ratio(x0, x1):
 
 @torch.no_grad()
 def ratios(teacher, sequences, title=None):
-    """The Recoupling Ratio of every span, each sequence being a batch of tokens to pair, and the mean taken over sequences.
+    """The Recoupling Ratio of every span, and how far it moves the state, |x1 - x0|² / |x1|².
 
-    sequences: (sequences, seq). Returns a tensor (layers, layers + 1) to be asked for [start, end]; nan where that is no span.
+    sequences: (sequences, seq), each a batch of tokens to pair; means over sequences. Returns two tensors (layers, layers + 1)
+    to be asked for [start, end]; nan where that is no span.
     """
     layers = teacher.config.num_hidden_layers
-    result = torch.zeros(layers, layers + 1)
+    result, moved = torch.full((2, layers, layers + 1), torch.nan).tril().unbind()  # 0 where [start, end) is a span
     for ids in tqdm(sequences.to(teacher.device).split(1), desc=title, disable=title is None, unit="batch", leave=False):
         x, context = embed(teacher, ids)
         states = [x[0]]  # entering each layer and, last, the final norm: (seq, hidden)
         for layer in teacher.gpt_neox.layers:
             states.append(layer(states[-1][None], **context)[0])
         for start, end in itertools.combinations(range(layers + 1), 2):
-            result[start, end] += recoupling_ratio(states[start], states[end]) / len(sequences)
-    return result.where(torch.ones_like(result).triu(1).bool(), torch.nan)
+            x0, x1 = states[start], states[end]
+            result[start, end] += recoupling_ratio(x0, x1) / len(sequences)
+            moved[start, end] += (x1 - x0).square().sum().item() / x1.square().sum().item() / len(sequences)
+    return result, moved
 
 
-def compare(runs, result):
-    """The ratio of each run's span beside the held-out KL that it reached, and the rank correlation of the two."""
+def compare(runs, result, moved):
+    """Print the two measures of each run's span beside the held-out KL that it reached, and their rank correlations."""
     lines = []
     for run in runs:
         info = read_info(run)
@@ -64,12 +69,16 @@ def compare(runs, result):
             kl = [line["held_out_kl"] for line in log if "held_out_kl" in line][-1]
         except (OSError, ValueError, IndexError) as error:
             raise InputError(f"the log.jsonl of run {run} holds no held-out KL ({first_line(error)}): train it to its end") from error
-        lines.append((result[info["start"], info["end"]].item(), kl, info["start"], info["end"], info["trained_tokens"]))
-    print(f"\n{'layers':>8}{'R':>8}{'KL':>9}   held-out text, nats per token, after training")
-    for ratio, kl, start, end, tokens in sorted(lines):
-        print(f"{layer_range(start, end):>8}{ratio:>8.3f}{kl:>9.4f}   {tokens:,} tokens")
-    correlation = spearmanr([line[0] for line in lines], [line[1] for line in lines]).statistic
-    print(f"rank correlation (Spearman) of R and KL over {len(lines)} runs: {correlation:.2f}")
+        start, end = info["start"], info["end"]
+        lines.append((result[start, end].item(), moved[start, end].item(), kl, layer_range(start, end), info["trained_tokens"]))
+    print(f"\n{'layers':>8}{'R':>8}{'moved':>8}{'KL':>9}   held-out text, nats per token, after training")
+    for ratio, move, kl, layers, tokens in sorted(lines):
+        print(f"{layers:>8}{ratio:>8.3f}{move:>8.3f}{kl:>9.4f}   {tokens:,} tokens")
+    ratio, move, kl, *_ = zip(*lines)
+    print(
+        f"rank correlation (Spearman) with the KL over {len(runs)} runs: of R {spearmanr(ratio, kl).statistic:.2f}, "
+        f"of how far the span moves the state {spearmanr(move, kl).statistic:.2f}"
+    )
 
 
 def draw(result, path):
@@ -80,7 +89,7 @@ def draw(result, path):
         raise InputError("a picture needs one package more: pip install matplotlib") from error
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     layers = len(result)
-    image = axes.imshow(result[:, 1:], origin="lower", extent=(0.5, layers + 0.5, -0.5, layers - 0.5))
+    image = axes.imshow(result[:, 1:].numpy(), origin="lower", extent=(0.5, layers + 0.5, -0.5, layers - 0.5))
     axes.set(xlabel="end (first layer not replaced)", ylabel="start (first layer replaced)", title="Recoupling Ratio R of every span")
     figure.colorbar(image, label="R: 0, optimal transport keeps every pair")
     try:
@@ -108,20 +117,23 @@ def main():
     check_seq_len(teacher, args.batch, "--batch")
     data = args.data or ("stdlib" if args.teacher == TINY_TEACHER else "monology/pile-uncopyrighted")
     sequences = next(token_batches(data, tokenizer, max(1, args.tokens // args.batch), args.batch, seed=0))
-    result = ratios(teacher, sequences, "pairing")
+    result, moved = ratios(teacher, sequences, "pairing")
     print(
-        f"teacher {args.teacher}, data {data}: Recoupling Ratio R, the mean of {len(sequences)} batches of {args.batch} "
-        "training tokens; the lower, the better for flow matching"
+        f"teacher {args.teacher}, data {data}: Recoupling Ratio R, the mean of {len(sequences)} batches of {args.batch} training "
+        "tokens,\nand how far the span moves the state, |x1 - x0|² / |x1|²; the lower, the better for flow matching"
     )
-    of_length = sorted((result[start, start + args.length].item(), start) for start in range(layers - args.length + 1))
-    for ratio, start in of_length:
-        print(f"  layers {layer_range(start, start + args.length):>6}   R {ratio:.3f}")
-    best = of_length[0][1]
-    print(f"best span of {args.length} layers: python train_fm.py --start {best} --end {best + args.length}")
+    spans = [(start, start + args.length) for start in range(layers - args.length + 1)]
+    spans.sort(key=lambda span: (result[span], moved[span]))
+    for span in spans:
+        print(f"  layers {layer_range(*span):>6}   R {result[span]:.3f}   moved {moved[span]:.3f}")
+    best, ties = spans[0], sum(bool(result[span] == result[spans[0]]) for span in spans)
+    if ties > 1:
+        print(f"{ties} spans share the lowest R, which does not tell them apart; the first of them moves the state least")
+    print(f"best span of {args.length} layers: python train_fm.py --start {best[0]} --end {best[1]}")
     if args.picture:
         draw(result, args.picture)
     if args.compare:
-        compare(args.compare, result)
+        compare(args.compare, result, moved)
 
 
 if __name__ == "__main__":

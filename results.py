@@ -1,10 +1,9 @@
-"""Put the tables of several runs together: means over seeds, and the pictures of the README.
+"""Put the tables of several runs together: a Markdown table of means over seeds, and the pictures of the README.
 
-    for run in runs/*-seed*; do python eval_kl.py $run --flow-steps 1 2 3 4 6 8 12 --json $run/table.json; done
-    python results.py runs/*-seed*
+    python eval_kl.py runs/fw-6-18-seed0 --flow-steps 1 2 3 4 6 8 12 --json runs/fw-6-18-seed0/table.json    # for each run
+    python results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
 
-Prints a Markdown table, mean ± standard deviation over the seeds, and draws KL against velocity evaluations and against
-training tokens into the folder pictures/. Needs matplotlib.
+Draws KL against velocity evaluations and against training tokens into the folder pictures/. Needs matplotlib.
 """
 import argparse
 import json
@@ -14,54 +13,104 @@ from pathlib import Path
 from lft import InputError, first_line, layer_range, read_info, run_script
 
 try:
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 except ImportError as error:
     raise SystemExit("error: results.py needs one package more: pip install matplotlib") from error
 
 SHOWN = ("LFT euler x1", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
-BASELINES = ("span dropped", "linear map", *(f"skip {n}, {where}" for n in (1, 2, 3, 4) for where in ("best inside span", "mean inside span", "best anywhere")))
+BASELINES = (
+    "span dropped", "linear map",
+    *(f"skip {n}, {where}" for n in (1, 2, 3, 4) for where in ("best inside span", "mean inside span", "best anywhere")),
+)  # fmt: skip
+DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
 
 
 def read_run(folder):
-    """A run's flow.json, the rows of its table.json by name, and the (tokens, KL) that its log.jsonl holds."""
+    """A run's flow.json, the rows of its table.json by name, and the (millions of tokens, KL) that its log.jsonl holds."""
     info = read_info(folder)
     try:
         table = {row["name"]: row for row in json.loads((Path(folder) / "table.json").read_text())["rows"]}
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"run {folder} lacks a whole log.jsonl or table.json: python eval_kl.py {folder} --json {folder}/table.json ({first_line(error)})") from error
-    return info, table, [(line["tokens"], line["held_out_kl"]) for line in log if "held_out_kl" in line]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"run {folder} lacks a whole log.jsonl or table.json ({first_line(error)}): python eval_kl.py {folder} --json {folder}/table.json"
+        ) from error
+    return info, table, [(line["tokens"] / 1e6, line["held_out_kl"]) for line in log if "held_out_kl" in line]
 
 
 def method_of(info):
     """How a run was trained, in words."""
     if info["method"] == "fm":
         return "flow matching"
-    if info["solver"] == "euler" and info["steps"] == 1:
-        return "regression"  # one step from t = 0 to 1 is a plain layer trained on x1
+    if (info["solver"], info["steps"]) == ("euler", 1):
+        return "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
     return f"Flow Walking, {info['solver']} ×{info['steps']}"
 
 
-def spread(values):
-    """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def mean_kl(tables, name):
+    """The KL of a row, mean over the tables of several seeds ± their standard deviation, as text; the mean alone as a number."""
+    values = [table[name]["kl"] for table in tables]
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""), mean
 
 
-def flow_points(tables):
-    """(evaluations, mean KL) of both solvers, from the tables of a group's seeds."""
-    points = {}
-    for name, row in tables[0].items():
-        if name.startswith("LFT"):
-            kl = statistics.mean(table[name]["kl"] for table in tables)
-            points.setdefault(name.split()[1], []).append((row["evaluations"], kl))
-    return points
+def print_results(groups):
+    """groups: {(start, end): {method: [(info, table, curve) of each seed]}}."""
+    print("| layers replaced | by | velocity evaluations | KL | seeds | training tokens, millions |\n|---|---|---|---|---|---|")
+    for (start, end), methods in groups.items():
+        for method, seeds in methods.items():
+            tables = [table for _, table, _ in seeds]
+            millions = f"{max(info['trained_tokens'] for info, _, _ in seeds) / 1e6:.1f}"
+            for name in SHOWN[:1] if method == "regression" else SHOWN:
+                if all(name in table for table in tables):
+                    solver = name.removeprefix("LFT ").replace(" x", " ×")
+                    text, _ = mean_kl(tables, name)
+                    print(f"| {layer_range(start, end)} | {method}; {solver} | {tables[0][name]['evaluations']} | {text} | {len(seeds)} | {millions} |")
+        table = next(iter(methods.values()))[0][1]
+        for name in BASELINES:
+            if name in table:
+                print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – | – |")
 
 
-def new_axes(xlabel):
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.set(xlabel=xlabel, ylabel="KL from the teacher, nats per token", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    return figure, axes
+def draw(groups, path, xlabel, draw_method, log_x=False):
+    """A panel for each span: what draw_method(axes, method, seeds, color) draws of each method, over the baselines."""
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", squeeze=False)
+    for axes, ((start, end), methods) in zip(panels[0], groups.items()):
+        table = next(iter(methods.values()))[0][1]
+        for name, style in DRAWN.items():
+            if name in table:
+                axes.axhline(table[name]["kl"], color="gray", ls=style, lw=1, label=name)
+        for number, (method, seeds) in enumerate(methods.items()):
+            draw_method(axes, method, seeds, f"C{number}")
+        axes.set(title=f"layers {layer_range(start, end)} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
+        axes.set(xscale="log" if log_x else "linear", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis) if log_x else (axes.yaxis,):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        axes.legend(fontsize=7)
+    try:
+        figure.savefig(path, dpi=80)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({first_line(error)}): give another --pictures") from error
+
+
+def draw_evaluations(axes, method, seeds, color):
+    """KL against velocity evaluations, mean over seeds, a line for each solver; of regression only the one step it is made for."""
+    tables = [table for _, table, _ in seeds]
+    for solver, style in (("euler", "s--"), ("midpoint", "o-")):
+        names = [name for name in tables[0] if name.startswith(f"LFT {solver}") and all(name in table for table in tables)]
+        if method == "regression":
+            names = [name for name in names if name == "LFT euler x1"]
+        points = [(tables[0][name]["evaluations"], mean_kl(tables, name)[1]) for name in names]
+        if points:
+            axes.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{method}; {solver}")
+
+
+def draw_tokens(axes, method, seeds, color):
+    """KL against training tokens, a line for each seed, integrated as in training."""
+    for number, (_, _, curve) in enumerate(seeds):
+        axes.plot(*zip(*curve), "o-", color=color, ms=3, lw=1, label=None if number else method)
 
 
 def main():
@@ -69,42 +118,19 @@ def main():
     parser.add_argument("runs", nargs="+", help="folders of runs, each with a table.json of eval_kl.py")
     parser.add_argument("--pictures", default="pictures", help="folder for the pictures (default %(default)s)")
     args = parser.parse_args()
-    groups = {}  # (start, end): {method: [(info, table, curve) of each seed]}
+    groups = {}
     for folder in args.runs:
         info, table, curve = read_run(folder)
         groups.setdefault((info["start"], info["end"]), {}).setdefault(method_of(info), []).append((info, table, curve))
-    Path(args.pictures).mkdir(parents=True, exist_ok=True)
-
-    print("| layers replaced | by | velocity evaluations | KL | seeds |\n|---|---|---|---|---|")
-    for (start, end), methods in sorted(groups.items()):
-        for method, seeds in methods.items():
-            for name in SHOWN[:1] if method == "regression" else SHOWN:
-                if name in seeds[0][1]:
-                    kl = spread([table[name]["kl"] for _, table, _ in seeds])
-                    solver = name.removeprefix("LFT ").replace(" x", " ×")
-                    print(f"| {layer_range(start, end)} | {method}; {solver} | {seeds[0][1][name]['evaluations']} | {kl} | {len(seeds)} |")
-        table = next(iter(methods.values()))[0][1]
-        for name in BASELINES:
-            if name in table:
-                print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.3f} | – |")
-
-        evaluations, by_evaluations = new_axes("velocity evaluations at inference")
-        tokens, by_tokens = new_axes("training tokens, millions")
-        for color, (method, seeds) in enumerate(methods.items()):
-            for solver, points in flow_points([table for _, table, _ in seeds]).items():
-                points = points[:1] if method == "regression" else points
-                by_evaluations.plot(*zip(*points), "o-" if solver == "midpoint" else "s--", color=f"C{color}", ms=4, label=f"{method}; {solver}")
-                if method == "regression":
-                    break
-            for number, (_, _, curve) in enumerate(seeds):
-                by_tokens.plot([n / 1e6 for n, _ in curve], [kl for _, kl in curve], "o-", color=f"C{color}", ms=3, lw=1, label=None if number else method)
-        for axes in (by_evaluations, by_tokens):
-            for name, style in (("linear map", ":"), ("skip 2, best inside span", "-."), ("skip 3, best inside span", "--"), ("span dropped", "-")):
-                axes.axhline(table[name]["kl"], color="gray", ls=style, lw=1, label=name)
-            axes.set_title(f"layers {layer_range(start, end)} replaced by one")
-            axes.legend(fontsize=7)
-        evaluations.savefig(Path(args.pictures) / f"evaluations-{start}-{end}.png", dpi=90)
-        tokens.savefig(Path(args.pictures) / f"tokens-{start}-{end}.png", dpi=90)
+    groups = dict(sorted(groups.items()))
+    folder = Path(args.pictures)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--pictures {folder} cannot be made a folder ({error.strerror}): give another") from error
+    print_results(groups)
+    draw(groups, folder / "evaluations.png", "velocity evaluations at inference", draw_evaluations, log_x=True)
+    draw(groups, folder / "tokens.png", "training tokens, millions", draw_tokens)
 
 
 if __name__ == "__main__":

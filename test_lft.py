@@ -28,8 +28,10 @@ import zstandard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
+import choose_span
 import eval_kl
 import lft
+import results
 import train_fm
 import train_fw
 
@@ -654,8 +656,8 @@ def script(monkeypatch, capsys, teacher_folder, text):
 
     def run(module, *options):
         options = [str(option) for option in options]
-        defaults = {"--device": "cpu"}
-        if module is not eval_kl and "--resume" not in options:
+        defaults = {} if module is results else {"--device": "cpu"}
+        if module in (train_fm, train_fw) and "--resume" not in options:
             defaults |= {"--teacher": teacher_folder, "--data": text, "--start": 1, "--end": 4, "--max-steps": 3}
         for name, value in defaults.items():
             options += [] if name in options else [name, str(value)]
@@ -921,6 +923,101 @@ def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, tmp_path, 
         assert listing(out) == before and not (tmp_path / "table.json").exists()
     status, _, errors = script(eval_kl, tmp_path / "nowhere")
     assert status == 2 and "no run at" in errors
+
+
+# Choosing a span, and putting runs together
+
+
+def test_the_recoupling_ratio_is_that_of_the_best_of_all_pairings():
+    found = set()
+    for seed in range(20):
+        x0, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(seed))
+        x1 = x0 + 1.5 * noise
+        cost = (x0[:, None] - x1).square().sum(-1)
+        best = min(itertools.permutations(range(6)), key=lambda pairing: cost[range(6), pairing].sum().item())
+        ratio = choose_span.recoupling_ratio(x0, x1)
+        assert ratio == pytest.approx(sum(i != j for i, j in enumerate(best)) / 6)
+        found.add(ratio)
+    assert len(found) > 3
+    assert choose_span.recoupling_ratio(x0, x0 + 100) == 0  # what moves all alike moves no pair
+    assert choose_span.recoupling_ratio(x0, x0[[1, 0, 2, 3, 5, 4]]) == pytest.approx(4 / 6)
+
+
+def test_every_span_is_measured_between_the_states_of_the_library(small, ids):
+    states = list(small(ids, output_hidden_states=True).hidden_states[:-1])  # its last is after the final norm
+    states.append(small.gpt_neox.layers[-1](states[-1], **lft.embed(small, ids)[1]))
+    ratio, moved = choose_span.ratios(small, ids)
+    for start, end in itertools.product(range(6), range(7)):
+        if start >= end:
+            assert ratio[start, end].isnan() and moved[start, end].isnan()
+            continue
+        pairs = list(zip(states[start], states[end]))
+        expected = sum(choose_span.recoupling_ratio(x0, x1) for x0, x1 in pairs) / 3
+        assert ratio[start, end].item() == pytest.approx(expected, abs=1e-6)
+        expected = sum(((x1 - x0).norm() ** 2 / x1.norm() ** 2).item() for x0, x1 in pairs) / 3
+        assert moved[start, end].item() == pytest.approx(expected, rel=1e-4)
+    assert ratio[0, 6] > ratio[0, 1]
+
+
+def test_choose_span_names_the_best_span_and_compares_runs(script, tmp_path, monkeypatch, teacher_folder, text):
+    measured = torch.full((2, 6, 7), torch.nan)  # R, and how far the state is moved: of six layers, spans of two
+    measured[:, range(5), range(2, 7)] = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.4], [0.1, 0.3, 0.2, 0.4, 0.5]])
+    monkeypatch.setattr(choose_span, "ratios", lambda teacher, sequences, title: measured)
+    runs = [tmp_path / name for name in "abc"]
+    for run, start, kl in zip(runs, (0, 2, 4), (0.1, 0.3, 0.2)):
+        assert script(train_fm, "--out", run, "--start", start, "--end", start + 2, "--max-steps", 1)[0] == 0
+        with open(run / "log.jsonl", "a") as log:
+            print(json.dumps({"held_out_kl": kl}), file=log)
+    options = ["--length", 2, "--teacher", teacher_folder, "--data", text, "--batch", 32, "--tokens", 128]
+    status, printed, _ = script(choose_span, *options, "--picture", tmp_path / "map.png", "--compare", *runs)
+    assert status == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    spans = [line.split()[1] for line in printed.splitlines() if line.startswith("  layers") and ".." in line]
+    assert spans == ["2..3", "1..2", "3..4", "4..5", "0..1"]
+    assert "3 spans share the lowest R" in printed and "--start 2 --end 4" in printed
+    # The KL ranks the runs 1, 3, 2; R 3, 1, 2 and how far they move 1, 2, 3. By hand: 1 - 6 (4 + 4 + 0) / (3 · 8), and with 0 + 1 + 1.
+    assert "over 3 runs: of R -1.00, of how far the span moves the state 0.50" in printed
+
+    for option, message in [
+        (["--length", 7], "6 layers"),
+        (["--length", 0], "--length"),
+        (["--batch", 65], "--batch"),
+        (["--compare", tmp_path], "no run at"),
+        (["--picture", tmp_path / "nowhere" / "map.png"], "could not be written"),
+    ]:
+        status, _, errors = script(choose_span, *options, *option)
+        assert status == 2 and message in errors and errors.count("\n") == 1, message
+
+
+def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
+    options = {"a": [train_fm, "--seed", 0], "b": [train_fm, "--seed", 1], "c": [train_fw, "--solver", "euler", "--steps", 1]}
+    kl = {}
+    for name, (module, *more) in options.items():
+        assert script(module, "--out", tmp_path / name, "--max-steps", 2, "--save-every", 1, *more)[0] == 0
+        assert script(eval_kl, tmp_path / name, "--tokens", 256, "--json", tmp_path / name / "table.json")[0] == 0
+        kl[name] = {row["name"]: row["kl"] for row in json.loads((tmp_path / name / "table.json").read_text())["rows"]}
+    status, printed, _ = script(results, *(tmp_path / name for name in kl), "--pictures", tmp_path / "pictures")
+    assert status == 0
+    for name in ("evaluations.png", "tokens.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    rows = {tuple(row.split(" | ")[:2]): row.split(" | ")[2:5] for row in printed.splitlines()[2:]}
+    for row, shown in (("LFT euler x1", "flow matching; euler ×1"), ("LFT midpoint x3", "flow matching; midpoint ×3")):
+        both = [kl["a"][row], kl["b"][row]]
+        evaluations = "1" if "euler" in row else "6"
+        assert rows["| 1..3", shown] == [evaluations, f"{sum(both) / 2:.4f} ± {abs(both[0] - both[1]) / math.sqrt(2):.4f}", "2"]
+    assert rows["| 1..3", "regression; euler ×1"] == ["1", f"{kl['c']['LFT euler x1']:.4f}", "1"]
+    assert not any("regression" in by and "×3" in by for _, by in rows)  # which it was not trained for
+    assert rows["| 1..3", "span dropped"][1] == f"{kl['a']['span dropped']:.4f}"
+
+    (tmp_path / "b" / "table.json").unlink()
+    status, printed, errors = script(results, tmp_path / "a", tmp_path / "b", "--pictures", tmp_path / "none")
+    assert status == 2 and printed == "" and "eval_kl.py" in errors and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name, package", [("choose_span", "scipy"), ("results", "matplotlib")])
+def test_a_missing_extra_package_is_named(name, package):
+    code = f"import sys; sys.modules['{package}'] = None; import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install" in done.stderr and package in done.stderr
 
 
 # Runs that stop and go on, and runs of several processes
