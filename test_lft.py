@@ -5,7 +5,9 @@
     python test_lft.py           # no test: prints how fast training is, over the same matrix products alone
 """
 import argparse
+import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -374,6 +376,43 @@ def test_the_hybrid_adds_alpha_times_flow_matching(small, ids):
     matching = train_fm.flow_matching_loss(u, x0, x1)
     torch.testing.assert_close(hybrid, walking + 0.1 * matching)
     assert matching > 0
+
+
+@pytest.mark.parametrize("end", [4, 6])
+def test_the_logit_term_is_the_kl_between_the_models_logits(script, tmp_path, monkeypatch, teacher_folder, text, end):
+    """A flow that starts from a layer is, in one Euler step, that layer: its first loss is that of a model of 7 - (end - 1) layers."""
+    monkeypatch.setattr(train_fm, "autocast", lambda device: contextlib.nullcontext())
+    losses = []
+    for weight in (0, 2):
+        options = ["--solver", "euler", "--steps", 1, "--max-steps", 1, "--init", 2, "--end", end, "--logit-weight", weight]
+        assert script(train_fw, "--out", tmp_path / f"{weight}", *options)[0] == 0
+        losses.append(logged(tmp_path / f"{weight}")[0]["loss"])
+    teacher, tokenizer = lft.load_teacher(teacher_folder)
+    ids = next(lft.token_batches(str(text), tokenizer, 16, 32, seed=0))
+    short = copy.deepcopy(teacher)
+    short.gpt_neox.layers = torch.nn.ModuleList(teacher.gpt_neox.layers[i] for i in (0, 2, *range(end, 6)))
+    with torch.no_grad():
+        p, q = (model(ids, use_cache=False).logits.double().softmax(-1) for model in (teacher, short))
+    kl = (p * (p / q).log()).sum(-1).mean().item()
+    assert kl > 0.01 and losses[1] - losses[0] == pytest.approx(2 * kl, rel=1e-4)
+
+
+def test_the_logit_term_has_its_gradient_from_the_student_alone(small, ids):
+    """Against finite differences of the walk's end, through a teacher whose weights want no gradient."""
+    x0, x1, context = lft.hidden_pair(small, ids, 1, 4)
+    logits = lambda x: eval_kl.logits_of(small, lft.run_layers(small, x, 4, 6, context))
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(4)).requires_grad_()
+
+    def term(shift):
+        u = lambda x, t: x1 - x0 + shift
+        walk = functools.partial(train_fw.flow_walking_loss, u, x0, x1, steps=1, solver="euler")
+        return walk(logit_weight=1.0, logits=logits) - walk()
+
+    (gradient,) = torch.autograd.grad(term(shift), shift)
+    with torch.no_grad():
+        step = 0.02 * gradient / gradient.norm()
+        slope = (term(shift + step) - term(shift - step)) / 0.04
+    assert slope > 0 and slope.item() == pytest.approx(gradient.norm().item(), rel=1e-2)
 
 
 # The evaluation
@@ -852,6 +891,7 @@ def listing(folder):
         (["--data", "no/such/*.txt"], "no file is named by"),
         (["--data", "empty"], "no text at empty"),
         (["--alpha", "-0.1"], "give 0 or more"),
+        (["--logit-weight", "nan"], "--logit-weight nan is no weight: give 0 or more"),
         (["--lr", "0"], "--lr 0.0 is too small"),
         (["--teacher", "speechless"], "has no tokenizer that fits it"),
         (["--data", "short.txt"], "less than one"),
@@ -1540,7 +1580,7 @@ def benchmark(batch=8, seq=256, start=1, end=5, rounds=12):
         return step
 
     def matrix_products(evaluations):
-        """Those of `end` layers forward, and of the velocity's evaluations forward and backward."""
+        """Those of `end` layers forward, of the velocity's evaluations forward and backward, and of Muon's update."""
         shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]
         rows, matrices, scores = {}, {}, torch.randn(batch, heads, seq, seq).bfloat16()
         for pair in shapes:
@@ -1558,11 +1598,19 @@ def benchmark(batch=8, seq=256, start=1, end=5, rounds=12):
                 rows[m] @ matrix.T, rows[n].T @ rows[m]
             values @ values.mT, scores.mT @ values, scores @ values, scores.mT @ values
 
+        def update():
+            for matrix in matrices.values():
+                short = matrix if len(matrix) <= matrix.shape[1] else matrix.T  # (n, m), n <= m
+                for _ in range(5):  # Newton-Schulz iterations
+                    square = short @ short.T
+                    square @ square, square @ short
+
         def step():
             for _ in range(end + evaluations):
                 forward()
             for _ in range(evaluations):
                 backward()
+            update()
 
         return step
 

@@ -28,11 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval_kl import evaluate, flow_row, kl_text, skip_row, summarise
+from eval_kl import evaluate, flow_row, kl_text, logits_of, skip_row, summarise
 from lft import (
     TINY_TEACHER, FlowLayer, InputError, VelocityBlock, check_positive, check_seq_len, check_span, default_seq_len,
-    describe_teacher, first_line, held_out_tokens, hidden_pair, layer_range, load_teacher, pick_device, run_script, save_flow,
-    token_batches, write_whole,
+    describe_teacher, first_line, held_out_tokens, hidden_pair, layer_range, load_teacher, pick_device, run_layers, run_script,
+    save_flow, token_batches, write_whole,
 )  # fmt: skip
 
 
@@ -143,15 +143,19 @@ def join_processes(device):
 
 
 class Objective(nn.Module):
-    """The loss as a module, of (x0, x1, context), which is what DistributedDataParallel averages the gradients of."""
+    """The loss as a module, of (x0, x1, context), which is what DistributedDataParallel averages the gradients of.
 
-    def __init__(self, velocity, loss_of, device):
+    logits: for a loss that wants them, the function of (context, state entering layer `end`) that gives them.
+    """
+
+    def __init__(self, velocity, loss_of, device, logits=None):
         super().__init__()
-        self.velocity, self.loss_of = velocity, loss_of
+        self.velocity, self.loss_of, self.logits = velocity, loss_of, logits
         self.by_quarter = torch.zeros(2, 4, device=device)
 
     def forward(self, x0, x1, context):
-        return self.loss_of(functools.partial(self.velocity, **context), x0, x1, by_quarter=self.by_quarter)
+        more = {"logits": functools.partial(self.logits, context)} if self.logits else {}
+        return self.loss_of(functools.partial(self.velocity, **context), x0, x1, by_quarter=self.by_quarter, **more)
 
 
 # Matrix products in bfloat16, operations per second, by the vendor's data sheet.
@@ -194,12 +198,13 @@ EVALUATE_TOKENS = 16_384
 WARM_UP = 50  # steps
 
 
-def train(args, saved, method, loss_of, solver, steps, notes=None):
+def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=False):
     """Train a flow and save it: the loop of both methods.
 
     args, saved: as from `read_arguments`. loss_of: the loss, a function of (velocity, x0, x1, by_quarter). solver, steps:
-    how the flow is integrated when it is evaluated. notes: what flow.json is to say of the method's own options. Raises
-    InputError before anything is written, and if a file cannot be written.
+    how the flow is integrated when it is evaluated. notes: what flow.json is to say of the method's own options.
+    wants_logits: whether loss_of also takes `logits`, a function of the state entering layer `end`. Raises InputError before
+    anything is written, and if a file cannot be written.
     """
     check_positive(args, "max_steps", "save_every", "batch_size", "accumulate", "seq_len", "lr")
     device, rank, processes = join_processes(pick_device(args.device))
@@ -261,9 +266,16 @@ def train(args, saved, method, loss_of, solver, steps, notes=None):
     if args.compile and device.type == "cpu":
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses; the velocity shares the setting
     maybe_compiled = torch.compile if args.compile else lambda function: function
-    pair_of, objective = maybe_compiled(hidden_pair), Objective(maybe_compiled(velocity), loss_of, device)
+
+    def logits_after(context, x):
+        return logits_of(teacher, run_layers(teacher, x, args.end, teacher.config.num_hidden_layers, context))
+
+    def objective_of(velocity, logits):
+        return Objective(velocity, loss_of, device, logits if wants_logits else None)
+
+    pair_of, objective = maybe_compiled(hidden_pair), objective_of(maybe_compiled(velocity), maybe_compiled(logits_after))
     peak = peak_of(device)
-    operations_per_token = operations(teacher, Objective(velocity, loss_of, device), args) if peak else None
+    operations_per_token = operations(teacher, objective_of(velocity, logits_after), args) if peak else None
     parallel = DistributedDataParallel(objective) if processes > 1 else objective
 
     # How the flow is scored and saved.

@@ -13,21 +13,29 @@ import math
 import torch
 import torch.nn.functional as F
 
+from eval_kl import kl_divergence, log_probabilities
 from lft import SOLVERS, InputError, check_positive, integrate, run_script
 from train_fm import flow_matching_loss, parse_arguments, read_arguments, train
 
 
-def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, by_quarter=None):
+def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, logit_weight=0.0, logits=None, by_quarter=None):
     """Flow Walking (Eq. 8, Alg. 2): walk from x0 through random times to t = 1, and compare with x1.
 
-    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all `steps` steps. With alpha
-    above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM. Returns the mean square over all elements. by_quarter: as in
-    flow matching, for the hybrid's share of it.
+    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all `steps` steps. Returns the mean
+    square over all elements. With alpha above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM; by_quarter: as in flow matching,
+    for the hybrid's share of it. With logit_weight above 0, which is ours, it adds that many times the KL (nats per token)
+    between what `logits` makes of x1 and of the walk's end, (batch, seq, hidden) to (batch, seq, vocabulary).
     """
     inner = torch.rand(steps - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
     loss = F.mse_loss(x1_hat, x1)  # Eq. 8
-    return loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter) if alpha else loss  # Eq. 9
+    if alpha:
+        loss = loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter)  # Eq. 9
+    if logit_weight:
+        with torch.no_grad():
+            log_p = log_probabilities(logits(x1))  # the teacher's
+        loss = loss + logit_weight * kl_divergence(log_p, log_probabilities(logits(x1_hat))).mean()
+    return loss
 
 
 def main():
@@ -36,13 +44,16 @@ def main():
     add("--steps", type=int, default=3, help="steps of the walk, k (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
     add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
+    add("--logit-weight", type=float, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
     args, saved = read_arguments(parser, "fw")
     check_positive(args, "steps")
-    if not 0 <= args.alpha < math.inf:
-        raise InputError(f"--alpha {args.alpha} is no weight: give 0 or more")
+    weights = {"alpha": args.alpha, "logit_weight": args.logit_weight}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {weight} is no weight: give 0 or more")
     walk = {"steps": args.steps, "solver": args.solver}
-    loss_of = functools.partial(flow_walking_loss, **walk, alpha=args.alpha)
-    train(args, saved, "fw", loss_of, **walk, notes={"alpha": args.alpha})
+    loss_of = functools.partial(flow_walking_loss, **walk, **weights)
+    train(args, saved, "fw", loss_of, **walk, notes=weights, wants_logits=args.logit_weight > 0)
 
 
 if __name__ == "__main__":
