@@ -44,7 +44,8 @@ def method_of(info):
         return "flow matching"
     if (info["solver"], info["steps"]) == ("euler", 1):
         return "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
-    return f"Flow Walking, {info['solver']} ×{info['steps']}"
+    extra = " + logits' KL" if info.get("logit_weight") else ""
+    return f"Flow Walking{extra}, {info['solver']} ×{info['steps']}"
 
 
 def mean_kl(tables, name):
@@ -74,21 +75,24 @@ def print_results(groups):
 
 def draw(groups, path, xlabel, draw_method, log_x=False):
     """A panel for each span: what draw_method(axes, method, seeds, color) draws of each method, over the baselines."""
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4.6), layout="constrained", squeeze=False)
+    colors = {method: f"C{number}" for number, method in enumerate(sorted({method for methods in groups.values() for method in methods}))}
+    labelled = {}  # a line for each label, for one legend
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
         table = next(iter(methods.values()))[0][1]
         for name, style in DRAWN.items():
             if name in table:
                 axes.axhline(table[name]["kl"], color="gray", ls=style, lw=1, label=name)
-        for number, (method, seeds) in enumerate(methods.items()):
-            draw_method(axes, method, seeds, f"C{number}")
+        for method, seeds in methods.items():
+            draw_method(axes, method, seeds, colors[method])
         axes.set(title=f"layers {layer_range(start, end)} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
         axes.set(xscale="log" if log_x else "linear", yscale="log")
         for axis in (axes.xaxis, axes.yaxis) if log_x else (axes.yaxis,):
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(ticker.NullFormatter())
-        axes.legend(fontsize=7)
+        labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=8)
     try:
         figure.savefig(path, dpi=80)
     except OSError as error:
