@@ -43,9 +43,10 @@ def method_of(info):
     if info["method"] == "fm":
         return "flow matching"
     if (info["solver"], info["steps"]) == ("euler", 1):
-        return "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
-    extra = " + logits' KL" if info.get("logit_weight") else ""
-    return f"Flow Walking{extra}, {info['solver']} ×{info['steps']}"
+        name = "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
+    else:
+        name = f"Flow Walking, {info['solver']} ×{info['steps']}"
+    return name + (" + logits' KL" if info.get("logit_weight") else "")
 
 
 def mean_kl(tables, name):
@@ -62,7 +63,7 @@ def print_results(groups):
         for method, seeds in methods.items():
             tables = [table for _, table, _ in seeds]
             millions = f"{max(info['trained_tokens'] for info, _, _ in seeds) / 1e6:.1f}"
-            for name in SHOWN[:1] if method == "regression" else SHOWN:
+            for name in SHOWN[:1] if "regression" in method else SHOWN:
                 if all(name in table for table in tables):
                     solver = name.removeprefix("LFT ").replace(" x", " ×")
                     text, _ = mean_kl(tables, name)
@@ -104,7 +105,7 @@ def draw_evaluations(axes, method, seeds, color):
     tables = [table for _, table, _ in seeds]
     for solver, style in (("euler", "s--"), ("midpoint", "o-")):
         names = [name for name in tables[0] if name.startswith(f"LFT {solver}") and all(name in table for table in tables)]
-        if method == "regression":
+        if "regression" in method:
             names = [name for name in names if name == "LFT euler x1"]
         points = [(tables[0][name]["evaluations"], mean_kl(tables, name)[1]) for name in names]
         if points:
