@@ -3,7 +3,7 @@
     python eval_kl.py runs/fw-6-18-seed0 --flow-steps 1 2 3 4 6 8 12 --json runs/fw-6-18-seed0/table.json    # for each run
     python results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
 
-Draws KL against velocity evaluations and against training tokens into the folder pictures/. Needs matplotlib.
+Draws KL against layers replaced, velocity evaluations and training tokens into the folder pictures/. Needs matplotlib.
 """
 import argparse
 import json
@@ -49,6 +49,11 @@ def method_of(info):
     return name + (" + logits' KL" if info.get("logit_weight") else "")
 
 
+def as_trained(info):
+    """The row of the table in which a run's flow is integrated as it was in training."""
+    return f"LFT {info['solver']} x{info['steps']}"
+
+
 def mean_kl(tables, name):
     """The KL of a row, mean over the tables of several seeds ± their standard deviation, as text; the mean alone as a number."""
     values = [table[name]["kl"] for table in tables]
@@ -74,10 +79,53 @@ def print_results(groups):
                 print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – | – |")
 
 
-def draw(groups, path, xlabel, draw_method, log_x=False):
+def save_picture(figure, path):
+    """Write a figure as a PNG; raises InputError if it cannot be written."""
+    try:
+        figure.savefig(path, dpi=80)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({first_line(error)}): give another --pictures") from error
+
+
+def plain_logarithmic(axes, *names):
+    """Make these axes logarithmic, and number them 0.1, 0.2, 0.5 rather than by powers of ten."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def draw_ladder(groups, colors, path):
+    """KL against layers replaced: what skipping costs, and what each way to put one layer in their place leaves."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
+    table = next(iter(groups[widest].values()))[0][1]
+    for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
+        ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in (1, 2, 3, 4) if f"skip {n}, {where}" in table]
+        axes.plot(*zip(*ladder), style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
+    marked = {}  # (name, color, marker): points
+    for (start, end), methods in groups.items():
+        table = next(iter(methods.values()))[0][1]
+        for name, marker in (("span dropped", "x"), ("linear map", "+")):
+            if name in table:
+                marked.setdefault((name, "gray", marker), []).append((end - start, table[name]["kl"]))
+        for method, seeds in methods.items():
+            point = (end - start, mean_kl([table for _, table, _ in seeds], as_trained(seeds[0][0]))[1])
+            marked.setdefault((method, colors[method], "o"), []).append(point)
+    for (name, color, marker), points in marked.items():
+        axes.plot(*zip(*points), marker, color=color, ms=7, label=name)
+    axes.set(xlabel="layers replaced by one, or skipped", ylabel="KL from the teacher, nats per token")
+    plain_logarithmic(axes, "y")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside right upper", fontsize=8)
+    save_picture(figure, path)
+
+
+def draw_panels(groups, colors, path, xlabel, draw_method, log_x=False):
     """A panel for each span: what draw_method(axes, method, seeds, color) draws of each method, over the baselines."""
     figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4.6), layout="constrained", squeeze=False)
-    colors = {method: f"C{number}" for number, method in enumerate(sorted({method for methods in groups.values() for method in methods}))}
     labelled = {}  # a line for each label, for one legend
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
         table = next(iter(methods.values()))[0][1]
@@ -87,17 +135,10 @@ def draw(groups, path, xlabel, draw_method, log_x=False):
         for method, seeds in methods.items():
             draw_method(axes, method, seeds, colors[method])
         axes.set(title=f"layers {layer_range(start, end)} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
-        axes.set(xscale="log" if log_x else "linear", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis) if log_x else (axes.yaxis,):
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(ticker.NullFormatter())
+        plain_logarithmic(axes, *("xy" if log_x else "y"))
         labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=8)
-    try:
-        figure.savefig(path, dpi=80)
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({first_line(error)}): give another --pictures") from error
+    save_picture(figure, path)
 
 
 def draw_evaluations(axes, method, seeds, color):
@@ -134,8 +175,10 @@ def main():
     except OSError as error:
         raise InputError(f"--pictures {folder} cannot be made a folder ({error.strerror}): give another") from error
     print_results(groups)
-    draw(groups, folder / "evaluations.png", "velocity evaluations at inference", draw_evaluations, log_x=True)
-    draw(groups, folder / "tokens.png", "training tokens, millions", draw_tokens)
+    colors = {method: f"C{number}" for number, method in enumerate(sorted({method for methods in groups.values() for method in methods}))}
+    draw_ladder(groups, colors, folder / "ladder.png")
+    draw_panels(groups, colors, folder / "evaluations.png", "velocity evaluations at inference", draw_evaluations, log_x=True)
+    draw_panels(groups, colors, folder / "tokens.png", "training tokens, millions", draw_tokens)
 
 
 if __name__ == "__main__":

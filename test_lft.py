@@ -316,15 +316,19 @@ def test_flow_matching_loss_where_paths_cross_is_the_conditional_variance():
     assert train_fm.flow_matching_loss(best, x0, x1).item() == pytest.approx(math.pi / 2, rel=0.01)
 
 
-def test_times_of_flow_matching_are_uniform_and_one_a_sequence():
+@pytest.mark.parametrize("power, median", [(None, 0.5), (1.0, 0.5), (3.0, 0.125)])
+def test_times_of_flow_matching_are_one_a_sequence_and_uniform_unless_asked_otherwise(power, median):
     seen = []
     x0 = torch.zeros(20_000, 2, 1)
     torch.manual_seed(0)
-    train_fm.flow_matching_loss(lambda x, t: seen.append((x, t)) or x, x0, x0 + 1)
+    more = {} if power is None else {"time_power": power}
+    train_fm.flow_matching_loss(lambda x, t: seen.append((x, t)) or x, x0, x0 + 1, **more)
     x, t = seen[0]
     assert torch.equal(x, t.expand_as(x))  # x_t on the path from 0 to 1 is t itself
-    quantiles = t.flatten().quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-    torch.testing.assert_close(quantiles, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), atol=0.02, rtol=0)
+    quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    quantiles = t.flatten().quantile(quarters)
+    torch.testing.assert_close(quantiles, quarters if median == 0.5 else quarters**3, atol=0.02, rtol=0)
+    assert quantiles[2].item() == pytest.approx(median, abs=0.02)
 
 
 @pytest.fixture
@@ -388,7 +392,7 @@ def test_the_logit_term_is_the_kl_between_the_models_logits(script, tmp_path, mo
         assert script(train_fw, "--out", tmp_path / f"{weight}", *options)[0] == 0
         losses.append(logged(tmp_path / f"{weight}")[0]["loss"])
     teacher, tokenizer = lft.load_teacher(teacher_folder)
-    ids = next(lft.token_batches(str(text), tokenizer, 16, 32, seed=0))
+    ids = next(lft.token_batches(str(text), tokenizer, 8, 32, seed=0))
     short = copy.deepcopy(teacher)
     short.gpt_neox.layers = torch.nn.ModuleList(teacher.gpt_neox.layers[i] for i in (0, 2, *range(end, 6)))
     with torch.no_grad():
@@ -400,13 +404,13 @@ def test_the_logit_term_is_the_kl_between_the_models_logits(script, tmp_path, mo
 def test_the_logit_term_has_its_gradient_from_the_student_alone(small, ids):
     """Against finite differences of the walk's end, through a teacher whose weights want no gradient."""
     x0, x1, context = lft.hidden_pair(small, ids, 1, 4)
-    logits = lambda x: eval_kl.logits_of(small, lft.run_layers(small, x, 4, 6, context))
+    logit_kl = functools.partial(train_fm.logit_kl, small, 4, context)
     shift = torch.randn(32, generator=torch.Generator().manual_seed(4)).requires_grad_()
 
     def term(shift):
         u = lambda x, t: x1 - x0 + shift
         walk = functools.partial(train_fw.flow_walking_loss, u, x0, x1, steps=1, solver="euler")
-        return walk(logit_weight=1.0, logits=logits) - walk()
+        return walk(logit_weight=1.0, logit_kl=logit_kl) - walk()
 
     (gradient,) = torch.autograd.grad(term(shift), shift)
     with torch.no_grad():
@@ -769,7 +773,7 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
 
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
     torch.manual_seed(0)
-    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
+    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[1])
     weights = list(velocity.parameters())
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     muon = [name.startswith("layer.") and w.ndim == 2 for name, w in velocity.named_parameters()]
@@ -778,10 +782,10 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
     for n in range(1, 5):
         with train_fm.autocast(torch.device("cpu")):
             x0, x1, context = lft.hidden_pair(teacher, next(batches), 1, 4)
-            loss = train_fm.flow_matching_loss(lambda x, t: velocity(x, t, **context), x0, x1)
+            loss = train_fm.flow_matching_loss(lambda x, t: velocity(x, t, **context), x0, x1, time_power=3)
         gradients = torch.autograd.grad(loss, weights)
         norm = sum(g.square().sum() for g in gradients).sqrt()
-        lr = 0.05 * n / 50 * (0.05 + 0.95 * (1 + math.cos(math.pi * (n - 1) / 4)) / 2)
+        lr = 0.05 * n / 50 * (1 - (n - 1) / 4)
         with torch.no_grad():
             for w, g, m, v, by_muon in zip(weights, gradients, first, second, muon):  # decay 0.01, clipped at norm 1
                 g = g / max(norm, 1)
@@ -800,7 +804,7 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
                     v.mul_(0.95).add_(0.05 * g * g)
                     w.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
     # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding: so the whole is compared, not each weight.
-    start = teacher.gpt_neox.layers[2].state_dict()
+    start = teacher.gpt_neox.layers[1].state_dict()
     by_hand = {name.removeprefix("layer."): weight for name, weight in velocity.state_dict().items()}
     moved = sum((by_hand[name] - weight).square().sum() for name, weight in start.items())
     apart = sum((by_hand[name] - trained["layer." + name]).square().sum() for name in start)
@@ -823,8 +827,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights
     assert info["trained_steps"] == 0
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
     velocity, _ = lft.load_flow(out, teacher)
-    middle = teacher.gpt_neox.layers[2].state_dict()  # where it started
-    assert all(torch.equal(weight, middle[name]) for name, weight in velocity.layer.state_dict().items())
+    first = teacher.gpt_neox.layers[1].state_dict()  # where it started
+    assert all(torch.equal(weight, first[name]) for name, weight in velocity.layer.state_dict().items())
 
 
 def test_a_failed_run_keeps_its_last_good_step_and_never_overwrites_with_nothing(script, tmp_path, monkeypatch):
@@ -1037,7 +1041,7 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
         kl[name] = {row["name"]: row["kl"] for row in json.loads((tmp_path / name / "table.json").read_text())["rows"]}
     status, printed, _ = script(results, *(tmp_path / name for name in kl), "--pictures", tmp_path / "pictures")
     assert status == 0
-    for name in ("evaluations.png", "tokens.png"):
+    for name in ("ladder.png", "evaluations.png", "tokens.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
     rows = {tuple(row.split(" | ")[:2]): row.split(" | ")[2:5] for row in printed.splitlines()[2:]}
     for row, shown in (("LFT euler x1", "flow matching; euler ×1"), ("LFT midpoint x3", "flow matching; midpoint ×3")):

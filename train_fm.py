@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from eval_kl import evaluate, flow_row, kl_text, logits_of, skip_row, summarise
+from eval_kl import evaluate, flow_row, kl_divergence, kl_text, log_probabilities, logits_of, skip_row, summarise
 from lft import (
     TINY_TEACHER, FlowLayer, InputError, VelocityBlock, check_positive, check_seq_len, check_span, default_seq_len,
     describe_teacher, first_line, held_out_tokens, hidden_pair, layer_range, load_teacher, pick_device, run_layers, run_script,
@@ -36,13 +36,14 @@ from lft import (
 )  # fmt: skip
 
 
-def flow_matching_loss(velocity, x0, x1, by_quarter=None):
+def flow_matching_loss(velocity, x0, x1, time_power=1.0, by_quarter=None):
     """Flow matching (Eq. 3, Alg. 1): the velocity on the straight path from x0 to x1 is to be x1 - x0.
 
-    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). Returns the mean square over all elements. by_quarter: a
-    tensor (2, 4) that gathers, for each quarter of the unit interval, the sum of the sequences' losses and their number.
+    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). Returns the mean square over all elements. time_power: 1 is
+    the paper's uniform t; above 1, which is ours, early times come oftener. by_quarter: a tensor (2, 4) that gathers, for
+    each quarter of the unit interval, the sum of the sequences' losses and their number.
     """
-    t = torch.rand(len(x0), 1, 1, device=x0.device)  # one time for each sequence
+    t = torch.rand(len(x0), 1, 1, device=x0.device) ** time_power  # one time for each sequence
     x_t = (1 - t) * x0 + t * x1
     losses = (velocity(x_t, t) - (x1 - x0)).float().square().mean(dim=(1, 2))  # Eq. 3, (batch,)
     if by_quarter is not None:
@@ -68,12 +69,12 @@ def parse_arguments(description, method, start, end):
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options (default: a new run)")
     add("--max-steps", type=int, default=2000, help="optimizer steps (default %(default)s)")
     add("--save-every", type=int, default=250, help="steps between checkpoints, each with a held-out score (default %(default)s)")
-    add("--batch-size", type=int, default=16, help="sequences in a step, of all GPUs together (default %(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences in a step, of all GPUs together (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a GPU takes its sequences of a step, to save memory (default %(default)s)")
     add("--seq-len", type=int, help="tokens in a sequence (default: half the teacher's positions)")
     add("--lr", type=float, help=f"peak learning rate (default: {LR_TIMES_WIDTH:g} / the teacher's width)")
     add("--seed", type=int, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
-    add("--init", default="middle", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
+    add("--init", default="first", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
     return parser
 
@@ -142,19 +143,33 @@ def join_processes(device):
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def logit_kl(teacher, end, context, x1, x1_hat):
+    """KL of the logits from the teacher's, where the state entering layer `end` is x1_hat instead of x1, in nats per token.
+
+    x1, x1_hat: (batch, seq, hidden). The teacher's layers after the span run on both; the gradient is that of x1_hat.
+    """
+
+    def log_probabilities_after(x):
+        return log_probabilities(logits_of(teacher, run_layers(teacher, x, end, teacher.config.num_hidden_layers, context)))
+
+    with torch.no_grad():
+        log_p = log_probabilities_after(x1)
+    return kl_divergence(log_p, log_probabilities_after(x1_hat)).mean()
+
+
 class Objective(nn.Module):
     """The loss as a module, of (x0, x1, context), which is what DistributedDataParallel averages the gradients of.
 
-    logits: for a loss that wants them, the function of (context, state entering layer `end`) that gives them.
+    logit_kl: for a loss that wants it, the function of (context, x1, x1_hat) that gives the KL of the logits.
     """
 
-    def __init__(self, velocity, loss_of, device, logits=None):
+    def __init__(self, velocity, loss_of, device, logit_kl=None):
         super().__init__()
-        self.velocity, self.loss_of, self.logits = velocity, loss_of, logits
+        self.velocity, self.loss_of, self.logit_kl = velocity, loss_of, logit_kl
         self.by_quarter = torch.zeros(2, 4, device=device)
 
     def forward(self, x0, x1, context):
-        more = {"logits": functools.partial(self.logits, context)} if self.logits else {}
+        more = {"logit_kl": functools.partial(self.logit_kl, context)} if self.logit_kl else {}
         return self.loss_of(functools.partial(self.velocity, **context), x0, x1, by_quarter=self.by_quarter, **more)
 
 
@@ -203,8 +218,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
 
     args, saved: as from `read_arguments`. loss_of: the loss, a function of (velocity, x0, x1, by_quarter). solver, steps:
     how the flow is integrated when it is evaluated. notes: what flow.json is to say of the method's own options.
-    wants_logits: whether loss_of also takes `logits`, a function of the state entering layer `end`. Raises InputError before
-    anything is written, and if a file cannot be written.
+    wants_logits: whether loss_of also takes `logit_kl`, a function of x1 and its estimate. Raises InputError before anything is
+    written, and if a file cannot be written.
     """
     check_positive(args, "max_steps", "save_every", "batch_size", "accumulate", "seq_len", "lr")
     device, rank, processes = join_processes(pick_device(args.device))
@@ -245,8 +260,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
     # The optimizers and their schedule; where a resumed run goes on.
     optimizers = optimizers_of(velocity, args.lr)
 
-    def lr_factor(step):  # half a cosine from the peak down to a twentieth of it, times a linear warm-up
-        return min(1, (step + 1) / WARM_UP) * (0.525 + 0.475 * math.cos(math.pi * step / args.max_steps))
+    def lr_factor(step):  # straight down to 0 at the last step, times a linear warm-up
+        return min(1, (step + 1) / WARM_UP) * (1 - step / args.max_steps)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor) for optimizer in optimizers]
     steppers = {"muon": optimizers[0], "adamw": optimizers[1], "muon_schedule": schedules[0], "adamw_schedule": schedules[1]}
@@ -267,15 +282,13 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses; the velocity shares the setting
     maybe_compiled = torch.compile if args.compile else lambda function: function
 
-    def logits_after(context, x):
-        return logits_of(teacher, run_layers(teacher, x, args.end, teacher.config.num_hidden_layers, context))
 
-    def objective_of(velocity, logits):
-        return Objective(velocity, loss_of, device, logits if wants_logits else None)
+    def objective_of(velocity, logit_kl):
+        return Objective(velocity, loss_of, device, functools.partial(logit_kl, teacher, args.end) if wants_logits else None)
 
-    pair_of, objective = maybe_compiled(hidden_pair), objective_of(maybe_compiled(velocity), maybe_compiled(logits_after))
+    pair_of, objective = maybe_compiled(hidden_pair), objective_of(maybe_compiled(velocity), maybe_compiled(logit_kl))
     peak = peak_of(device)
-    operations_per_token = operations(teacher, objective_of(velocity, logits_after), args) if peak else None
+    operations_per_token = operations(teacher, objective_of(velocity, logit_kl), args) if peak else None
     parallel = DistributedDataParallel(objective) if processes > 1 else objective
 
     # How the flow is scored and saved.
@@ -448,8 +461,12 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
 
 
 def main():
-    args, saved = read_arguments(parse_arguments(__doc__.splitlines()[0], "fm", 6, 12), "fm")
-    train(args, saved, "fm", flow_matching_loss, solver="midpoint", steps=1)
+    parser = parse_arguments(__doc__.splitlines()[0], "fm", 6, 12)
+    parser.add_argument("--time-power", type=float, default=3.0, help="times are uniform draws to this power: 1 is the paper's, above it early times come oftener, ours (default %(default)s)")
+    args, saved = read_arguments(parser, "fm")
+    check_positive(args, "time_power")
+    loss_of = functools.partial(flow_matching_loss, time_power=args.time_power)
+    train(args, saved, "fm", loss_of, solver="midpoint", steps=1, notes={"time_power": args.time_power})
 
 
 if __name__ == "__main__":

@@ -13,28 +13,25 @@ import math
 import torch
 import torch.nn.functional as F
 
-from eval_kl import kl_divergence, log_probabilities
 from lft import SOLVERS, InputError, check_positive, integrate, run_script
 from train_fm import flow_matching_loss, parse_arguments, read_arguments, train
 
 
-def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, logit_weight=0.0, logits=None, by_quarter=None):
+def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, logit_weight=0.0, logit_kl=None, by_quarter=None):
     """Flow Walking (Eq. 8, Alg. 2): walk from x0 through random times to t = 1, and compare with x1.
 
     velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all `steps` steps. Returns the mean
     square over all elements. With alpha above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM; by_quarter: as in flow matching,
-    for the hybrid's share of it. With logit_weight above 0, which is ours, it adds that many times the KL (nats per token)
-    between what `logits` makes of x1 and of the walk's end, (batch, seq, hidden) to (batch, seq, vocabulary).
+    for the hybrid's share of it. With logit_weight above 0, which is ours, it adds that many times `logit_kl(x1, x1_hat)`, the
+    KL of the logits in nats per token.
     """
     inner = torch.rand(steps - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
     loss = F.mse_loss(x1_hat, x1)  # Eq. 8
     if alpha:
-        loss = loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter)  # Eq. 9
+        loss = loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter=by_quarter)  # Eq. 9
     if logit_weight:
-        with torch.no_grad():
-            log_p = log_probabilities(logits(x1))  # the teacher's
-        loss = loss + logit_weight * kl_divergence(log_p, log_probabilities(logits(x1_hat))).mean()
+        loss = loss + logit_weight * logit_kl(x1, x1_hat)
     return loss
 
 
