@@ -768,7 +768,7 @@ def test_training_brings_the_student_nearer(script, tmp_path):
 
 
 def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path, teacher_folder, text):
-    script(train_fm, "--out", tmp_path / "run", "--max-steps", 4, "--lr", 0.05, "--batch-size", 3)
+    script(train_fm, "--out", tmp_path / "run", "--max-steps", 4, "--lr", 0.1, "--batch-size", 3)
     trained = load_file(tmp_path / "run" / "flow.safetensors")
 
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
@@ -785,7 +785,7 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, tmp_path,
             loss = train_fm.flow_matching_loss(lambda x, t: velocity(x, t, **context), x0, x1, time_power=3)
         gradients = torch.autograd.grad(loss, weights)
         norm = sum(g.square().sum() for g in gradients).sqrt()
-        lr = 0.05 * n / 50 * (1 - (n - 1) / 4)
+        lr = 0.1 * n / 50 * (1 - (n - 1) / 4)
         with torch.no_grad():
             for w, g, m, v, by_muon in zip(weights, gradients, first, second, muon):  # decay 0.01, clipped at norm 1
                 g = g / max(norm, 1)
