@@ -211,21 +211,22 @@ def kl_text(summary):
     return f"{summary['kl']:.4f}" + (f" ± {summary['kl_stderr']:.4f}" if summary["kl_stderr"] is not None else "")
 
 
-def table(teacher, velocity, sequences, start, end, flow_steps=FLOW_STEPS, linear=None):
+def table(teacher, velocity, sequences, start, end, flow_steps=FLOW_STEPS, linear=None, skips=SKIPS):
     """All rows of the table, over held-out sequences (sequences, seq): a list of dicts, in the order of printing.
 
-    flow_steps: the numbers of steps to integrate in. linear: what `fit_linear` returned, for a row of its own.
+    flow_steps: the numbers of steps to integrate in. linear: what `fit_linear` returned, for a row of its own. skips: the
+    numbers of layers to skip.
     The best placements for skipping are found on every tenth sequence and scored on all of them; a mean over placements
     is of that tenth. The key "tokens" of a row says how many it was scored on. Times are of the first sequence.
     """
     layers = teacher.config.num_hidden_layers
-    placements = {(first, n): skip_row(first, n, end) for n in SKIPS for first in range(layers - n + 1)}
+    placements = {(first, n): skip_row(first, n, end) for n in skips for first in range(layers - n + 1)}
     part = sequences[::RANKED_PART]
     ranked = evaluate(teacher, part, end, placements, "ranking skips")
 
     rows = {"teacher": (None, 0, teacher_row(end))}  # name: layers replaced, velocity evaluations, row
     models = {"teacher": teacher, "span dropped": replace_span(teacher, start, end)}  # to be timed
-    models |= {f"skip {n}": replace_span(teacher, 0, n) for n in SKIPS if n <= layers}  # the time is the same anywhere
+    models |= {f"skip {n}": replace_span(teacher, 0, n) for n in skips if n <= layers}  # the time is the same anywhere
     for solver in SOLVERS:
         for steps in flow_steps:
             flow = FlowLayer(velocity, start, end, solver, steps)
@@ -236,7 +237,7 @@ def table(teacher, velocity, sequences, start, end, flow_steps=FLOW_STEPS, linea
         rows["linear map"] = (layer_range(start, end), 0, linear_row(start, end, linear))
         models["linear map"] = linear_model(teacher, start, end, linear)
     means = {}
-    for n in SKIPS:
+    for n in skips:
         anywhere = [placement for placement in placements if placement[1] == n]
         inside = [(first, n) for first, _ in anywhere if start <= first and first + n <= end]
         for where, candidates in (("inside span", inside), ("anywhere", anywhere)):
@@ -290,6 +291,7 @@ def main():
     add("--data", help="stdlib, a text file, a glob, or a data set, on the hub or in a folder; its held-out part is read (default: what the run was trained on)")
     add("--tokens", type=int, default=32_768, help="held-out tokens to score (default %(default)s)")
     add("--flow-steps", type=int, nargs="+", help=f"numbers of steps to integrate the flow in (default: {FLOW_STEPS} and that of the training)")
+    add("--no-baselines", action="store_true", help="leave out the linear map and the skips, which runs for one span share (default: do not)")
     add("--json", help="file to write the rows to as well (default: none)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     args = parser.parse_args()
@@ -307,9 +309,13 @@ def main():
         f"teacher {info['teacher']}, data {data}, held-out part: {sequences.numel():,} tokens in {len(sequences)} sequences; "
         f"{args.run} replaces layers {layer_range(start, end)}, {end - start} of {teacher.config.num_hidden_layers}", flush=True
     )  # fmt: skip
-    batches = token_batches(data, tokenizer, 16, info["seq_len"], seed=0)
-    linear = fit_linear(teacher, itertools.islice(batches, max(1, LINEAR_TOKENS // (16 * info["seq_len"]))), start, end)
-    rows = table(teacher, velocity, sequences, start, end, args.flow_steps or sorted({*FLOW_STEPS, info["steps"]}), linear)
+    linear, skips = None, ()
+    if not args.no_baselines:
+        batches = token_batches(data, tokenizer, 16, info["seq_len"], seed=0)
+        batches = itertools.islice(batches, max(1, LINEAR_TOKENS // (16 * info["seq_len"])))
+        linear, skips = fit_linear(teacher, batches, start, end), SKIPS
+    flow_steps = args.flow_steps or sorted({*FLOW_STEPS, info["steps"]})
+    rows = table(teacher, velocity, sequences, start, end, flow_steps, linear, skips)
     print_table(rows, end)
     if args.json:
         result = {"teacher": info["teacher"], "data": data, "start": start, "end": end, "tokens": sequences.numel(), "rows": rows}

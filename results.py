@@ -1,6 +1,6 @@
 """Put the tables of several runs together: a Markdown table of means over seeds, and the pictures of the README.
 
-    python eval_kl.py runs/fw-6-18-seed0 --flow-steps 1 2 3 4 6 8 12 --json runs/fw-6-18-seed0/table.json    # for each run
+    python eval_kl.py runs/fw-6-18-seed0 --flow-steps 1 2 3 6 12 --json runs/fw-6-18-seed0/table.json    # for each run
     python results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
 
 Draws KL against layers replaced, velocity evaluations and training tokens into the folder pictures/. Needs matplotlib.
@@ -49,6 +49,11 @@ def method_of(info):
     return name + (" + logits' KL" if info.get("logit_weight") else "")
 
 
+def shared_rows(methods):
+    """The rows by name of all runs for a span, whose tables share the baselines: those of at least one."""
+    return {name: row for seeds in methods.values() for _, table, _ in seeds for name, row in table.items()}
+
+
 def as_trained(info):
     """The row of the table in which a run's flow is integrated as it was in training."""
     return f"LFT {info['solver']} x{info['steps']}"
@@ -73,7 +78,7 @@ def print_results(groups):
                     solver = name.removeprefix("LFT ").replace(" x", " ×")
                     text, _ = mean_kl(tables, name)
                     print(f"| {layer_range(start, end)} | {method}; {solver} | {tables[0][name]['evaluations']} | {text} | {len(seeds)} | {millions} |")
-        table = next(iter(methods.values()))[0][1]
+        table = shared_rows(methods)
         for name in BASELINES:
             if name in table:
                 print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – | – |")
@@ -101,13 +106,13 @@ def draw_ladder(groups, colors, path):
     """KL against layers replaced: what skipping costs, and what each way to put one layer in their place leaves."""
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
-    table = next(iter(groups[widest].values()))[0][1]
+    table = shared_rows(groups[widest])
     for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
         ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in (1, 2, 3, 4) if f"skip {n}, {where}" in table]
         axes.plot(*zip(*ladder), style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
     marked = {}  # (name, color, marker): points
     for (start, end), methods in groups.items():
-        table = next(iter(methods.values()))[0][1]
+        table = shared_rows(methods)
         for name, marker in (("span dropped", "x"), ("linear map", "+")):
             if name in table:
                 marked.setdefault((name, "gray", marker), []).append((end - start, table[name]["kl"]))
@@ -128,7 +133,7 @@ def draw_panels(groups, colors, path, xlabel, draw_method, log_x=False):
     figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4.6), layout="constrained", squeeze=False)
     labelled = {}  # a line for each label, for one legend
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
-        table = next(iter(methods.values()))[0][1]
+        table = shared_rows(methods)
         for name, style in DRAWN.items():
             if name in table:
                 axes.axhline(table[name]["kl"], color="gray", ls=style, lw=1, label=name)

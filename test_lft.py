@@ -1037,7 +1037,8 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
     kl = {}
     for name, (module, *more) in options.items():
         assert script(module, "--out", tmp_path / name, "--max-steps", 2, "--save-every", 1, *more)[0] == 0
-        assert script(eval_kl, tmp_path / name, "--tokens", 256, "--json", tmp_path / name / "table.json")[0] == 0
+        brief = ["--no-baselines"] if name == "a" else []
+        assert script(eval_kl, tmp_path / name, "--tokens", 256, *brief, "--json", tmp_path / name / "table.json")[0] == 0
         kl[name] = {row["name"]: row["kl"] for row in json.loads((tmp_path / name / "table.json").read_text())["rows"]}
     status, printed, _ = script(results, *(tmp_path / name for name in kl), "--pictures", tmp_path / "pictures")
     assert status == 0
@@ -1051,6 +1052,11 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
     assert rows["| 1..3", "regression; euler ×1"] == ["1", f"{kl['c']['LFT euler x1']:.4f}", "1"]
     assert not any("regression" in by and "×3" in by for _, by in rows)  # which it was not trained for
     assert rows["| 1..3", "span dropped"][1] == f"{kl['a']['span dropped']:.4f}"
+    baselines = {"linear map", "skip 2, best inside span", "skip 4, best anywhere"}
+    assert baselines <= kl["b"].keys() and kl["b"].keys() - kl["a"].keys() >= baselines
+    assert all(name.startswith(("teacher", "LFT", "span")) for name in kl["a"])
+    for name in baselines:  # of one table that has them
+        assert [values for (_, by), values in rows.items() if by == name][0][1] == f"{kl['c'][name]:.4f}"
 
     (tmp_path / "b" / "table.json").unlink()
     status, printed, errors = script(results, tmp_path / "a", tmp_path / "b", "--pictures", tmp_path / "none")
