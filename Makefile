@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 300 --out runs/demo --overwrite
+	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 500 --out runs/demo --overwrite
 	.venv/bin/python eval_kl.py runs/demo --tokens 16384
 
 test: .venv/installed
