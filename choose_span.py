@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lft import (
-    TINY_TEACHER, InputError, check_positive, check_seq_len, check_span, embed, first_line, layer_range,
+    TINY_TEACHER, InputError, check_positive, check_seq_len, check_span, describe_teacher, embed, first_line, layer_range,
     load_teacher, pick_device, read_info, run_script, token_batches,
 )  # fmt: skip
 
@@ -59,11 +59,13 @@ def ratios(teacher, sequences, title=None):
     return result, moved
 
 
-def compare(runs, result, moved):
+def compare(runs, teacher, result, moved):
     """Print the two measures of each run's span beside the held-out KL that it reached, and their rank correlations."""
-    lines = []
+    lines, teacher_is = [], describe_teacher(teacher)
     for run in runs:
         info = read_info(run)
+        if info["teacher_is"] != teacher_is:
+            raise InputError(f"run {run} is of another teacher, {info['teacher']}: leave it out, or give --teacher {info['teacher']}")
         try:
             log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
             kl = [line["held_out_kl"] for line in log if "held_out_kl" in line][-1]
@@ -133,7 +135,7 @@ def main():
     if args.picture:
         draw(result, args.picture)
     if args.compare:
-        compare(args.compare, result, moved)
+        compare(args.compare, teacher, result, moved)
 
 
 if __name__ == "__main__":

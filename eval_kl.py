@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lft import (
     SOLVERS, FlowLayer, InputError, check_positive, embed, held_out_tokens, hidden_pair, layer_range, load_flow,
-    load_teacher, pick_device, read_info, replace_span, run_layers, run_script, token_batches,
+    load_teacher, pick_device, read_info, replace_span, run_layers, run_script, token_batches, write_whole,
 )  # fmt: skip
 
 
@@ -106,6 +106,9 @@ def logits_of(model, x):
     return model.get_output_embeddings()(model.gpt_neox.final_layer_norm(x))
 
 
+LOGITS_AT_ONCE = 2**26  # a quarter of a GiB in float32, and several such tensors are held; one sequence at least
+
+
 @torch.no_grad()
 def evaluate(teacher, sequences, end, rows, title=None):
     """Score rows on held-out sequences (sequences, seq); with a title, show a progress bar.
@@ -115,7 +118,8 @@ def evaluate(teacher, sequences, end, rows, title=None):
     """
     device = next(teacher.parameters()).device
     scores = {name: [] for name in rows}
-    batches = sequences.split(max(1, 4096 // sequences.shape[1]))
+    logits = sequences.shape[1] * teacher.config.vocab_size  # of a sequence
+    batches = sequences.split(min(max(1, 4096 // sequences.shape[1]), max(1, LOGITS_AT_ONCE // logits)))
     progress = tqdm(total=len(batches) * len(rows), desc=title, disable=title is None, unit="row", leave=False)
     for ids in batches:
         ids = ids.to(device)
@@ -222,7 +226,7 @@ def table(teacher, velocity, sequences, start, end, flow_steps=FLOW_STEPS, linea
     layers = teacher.config.num_hidden_layers
     placements = {(first, n): skip_row(first, n, end) for n in skips for first in range(layers - n + 1)}
     part = sequences[::RANKED_PART]
-    ranked = evaluate(teacher, part, end, placements, "ranking skips")
+    ranked = evaluate(teacher, part, end, placements, "ranking skips") if placements else {}
 
     rows = {"teacher": (None, 0, teacher_row(end))}  # name: layers replaced, velocity evaluations, row
     models = {"teacher": teacher, "span dropped": replace_span(teacher, start, end)}  # to be timed
@@ -264,11 +268,14 @@ def print_table(rows, end):
     """Print the rows that `table` returned, with units and direction."""
     print(
         f"KL(teacher || student) in nats per token ± standard error over sequences, NMSE of the state entering layer {end},\n"
-        "perplexity: lower is better. Top-1, how often the top token is the teacher's: higher is better. Means over placements\n"
-        f"are of {min(row['tokens'] for row in rows):,} of the tokens (geometric for the perplexity). Time over the teacher's: prefill, a sequence at "
-        "once; decode,\ntoken by token with a cache (-: more evaluations than cache slots); ideal, layers and evaluations "
-        "over the teacher's layers.\n"
+        "perplexity: lower is better. Top-1, how often the top token is the teacher's: higher is better. Time over the\n"
+        "teacher's: prefill, a sequence at once; decode, token by token with a cache (-: more evaluations than cache slots);\n"
+        "ideal, layers and evaluations over the teacher's layers."
     )
+    if any("mean" in row["name"] for row in rows):
+        tokens = min(row["tokens"] for row in rows)
+        print(f"Means over placements are of {tokens:,} of the tokens (geometric for the perplexity).")
+    print()
     print(f"{'':25}{'layers':>11}{'velocity':>10}{'':41}{'million':>9}  time over the teacher's")
     print(
         f"{'row':25}{'replaced':>11}{'evals':>10}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}"
@@ -319,7 +326,7 @@ def main():
     print_table(rows, end)
     if args.json:
         result = {"teacher": info["teacher"], "data": data, "start": start, "end": end, "tokens": sequences.numel(), "rows": rows}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(args.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,7 @@ def load_teacher(name, device="cpu"):
         raise InputError(f"teacher {name} lacks {len(report['missing_keys'])} of its weights: give a whole model")
     if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None or len(tokenizer) > teacher.config.vocab_size:
         raise InputError(f"teacher {name} has no tokenizer that fits it: put the tokenizer's files into its folder")
+    teacher.config.use_cache = True  # unless asked otherwise, whatever its files say
     return teacher.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -245,6 +246,7 @@ def check_span(teacher, start, end):
         )
 
 
+@torch.compiler.disable  # compiled, the mask would be made in full, and attention could not take its fast causal path
 def embed(model, ids):
     """The state entering layer 0, (batch, seq, hidden), and the context that every layer is called with, a dict.
 
@@ -252,9 +254,7 @@ def embed(model, ids):
     """
     x = model.gpt_neox.embed_in(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    mask = create_causal_mask(
-        config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
-    )
+    mask = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None)
     return x, {"attention_mask": mask, "position_embeddings": model.gpt_neox.rotary_emb(x, positions)}
 
 
@@ -647,8 +647,12 @@ def check_seq_len(teacher, seq_len, option="--seq-len"):
 
 
 def pick_device(name=None):
-    """The device of that name, "cpu" or "cuda"; None: a CUDA GPU if there is one. Raises InputError if there is none."""
+    """The device of that name, "cpu" or "cuda"; None: a CUDA GPU if there is one. Raises InputError if there is none.
+
+    A process that torchrun started has the GPU of its own rank.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -25,6 +25,11 @@ BASELINES = (
 DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
 
 
+def as_trained(info):
+    """The row of the table in which a run's flow is integrated as it was in training."""
+    return f"LFT {info['solver']} x{info['steps']}"
+
+
 def read_run(folder):
     """A run's flow.json, the rows of its table.json by name, and the (millions of tokens, KL) that its log.jsonl holds."""
     info = read_info(folder)
@@ -35,28 +40,29 @@ def read_run(folder):
         raise InputError(
             f"run {folder} lacks a whole log.jsonl or table.json ({first_line(error)}): python eval_kl.py {folder} --json {folder}/table.json"
         ) from error
+    if as_trained(info) not in table:
+        raise InputError(f"the table.json of run {folder} lacks {as_trained(info)}, as it was trained: make it with --flow-steps {info['steps']} too")
     return info, table, [(line["tokens"] / 1e6, line["held_out_kl"]) for line in log if "held_out_kl" in line]
 
 
 def method_of(info):
     """How a run was trained, in words."""
     if info["method"] == "fm":
-        return "flow matching"
+        power = info.get("time_power", 1)
+        return "flow matching" + (f", t = τ^{power:g}" if power != 1 else "")
     if (info["solver"], info["steps"]) == ("euler", 1):
         name = "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
     else:
         name = f"Flow Walking, {info['solver']} ×{info['steps']}"
-    return name + (" + logits' KL" if info.get("logit_weight") else "")
+    for term, weight in (("flow matching", info.get("alpha")), ("logits' KL", info.get("logit_weight"))):
+        if weight:
+            name += f" + {term}" if weight == 1 else f" + {weight:g} {term}"
+    return name
 
 
 def shared_rows(methods):
     """The rows by name of all runs for a span, whose tables share the baselines: those of at least one."""
     return {name: row for seeds in methods.values() for _, table, _ in seeds for name, row in table.items()}
-
-
-def as_trained(info):
-    """The row of the table in which a run's flow is integrated as it was in training."""
-    return f"LFT {info['solver']} x{info['steps']}"
 
 
 def mean_kl(tables, name):
@@ -72,7 +78,7 @@ def print_results(groups):
     for (start, end), methods in groups.items():
         for method, seeds in methods.items():
             tables = [table for _, table, _ in seeds]
-            millions = f"{max(info['trained_tokens'] for info, _, _ in seeds) / 1e6:.1f}"
+            millions = f"{seeds[0][0]['trained_tokens'] / 1e6:.1f}"
             for name in SHOWN[:1] if "regression" in method else SHOWN:
                 if all(name in table for table in tables):
                     solver = name.removeprefix("LFT ").replace(" x", " ×")
@@ -109,7 +115,7 @@ def draw_ladder(groups, colors, path):
     table = shared_rows(groups[widest])
     for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
         ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in (1, 2, 3, 4) if f"skip {n}, {where}" in table]
-        axes.plot(*zip(*ladder), style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
+        axes.plot([n for n, _ in ladder], [kl for _, kl in ladder], style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
     marked = {}  # (name, color, marker): points
     for (start, end), methods in groups.items():
         table = shared_rows(methods)
@@ -161,7 +167,7 @@ def draw_evaluations(axes, method, seeds, color):
 def draw_tokens(axes, method, seeds, color):
     """KL against training tokens, a line for each seed, integrated as in training."""
     for number, (_, _, curve) in enumerate(seeds):
-        axes.plot(*zip(*curve), "o-", color=color, ms=3, lw=1, label=None if number else method)
+        axes.plot([tokens for tokens, _ in curve], [kl for _, kl in curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
 
 
 def main():
@@ -172,7 +178,10 @@ def main():
     groups = {}
     for folder in args.runs:
         info, table, curve = read_run(folder)
-        groups.setdefault((info["start"], info["end"]), {}).setdefault(method_of(info), []).append((info, table, curve))
+        seeds = groups.setdefault((info["start"], info["end"]), {}).setdefault(method_of(info), [])
+        seeds.append((info, table, curve))
+        if info["trained_tokens"] != seeds[0][0]["trained_tokens"]:
+            raise InputError(f"run {folder} has seen another number of training tokens than others of its kind: leave it out")
     groups = dict(sorted(groups.items()))
     folder = Path(args.pictures)
     try:

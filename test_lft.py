@@ -422,6 +422,16 @@ def test_the_logit_term_has_its_gradient_from_the_student_alone(small, ids):
 # The evaluation
 
 
+def test_scores_do_not_depend_on_how_many_sequences_are_taken_at_once(small, monkeypatch):
+    sequences = torch.randint(97, (6, 24), generator=torch.Generator().manual_seed(3))
+    scores = []
+    for at_once in (2**26, 1):
+        monkeypatch.setattr(eval_kl, "LOGITS_AT_ONCE", at_once)
+        scores.append(eval_kl.evaluate(small, sequences, 4, {"skip": eval_kl.skip_row(1, 2, 4)})["skip"])
+    for measure, values in scores[0].items():
+        torch.testing.assert_close(values, scores[1][measure], rtol=1e-4, atol=1e-6)
+
+
 def test_one_sequence_has_no_standard_error(small):
     sequences = torch.arange(24)[None]
     row = {"dropped": eval_kl.skip_row(1, 2, 3)}
@@ -896,7 +906,8 @@ def listing(folder):
         (["--data", "empty"], "no text at empty"),
         (["--alpha", "-0.1"], "give 0 or more"),
         (["--logit-weight", "nan"], "--logit-weight nan is no weight: give 0 or more"),
-        (["--time-power", "0"], "--time-power 0.0 is too small"),
+        (["--time-power", "0"], "--time-power 0.0 is no power: give more than 0"),
+        (["--time-power", "inf"], "--time-power inf is no power"),
         (["--lr", "0"], "--lr 0.0 is too small"),
         (["--teacher", "speechless"], "has no tokenizer that fits it"),
         (["--data", "short.txt"], "less than one"),
@@ -1022,7 +1033,12 @@ def test_choose_span_names_the_best_span_and_compares_runs(script, tmp_path, mon
     # The KL ranks the runs 1, 3, 2; R 3, 1, 2 and how far they move 1, 2, 3. By hand: 1 - 6 (4 + 4 + 0) / (3 · 8), and with 0 + 1 + 1.
     assert "over 3 runs: of R -1.00, of how far the span moves the state 0.50" in printed
 
+    info = json.loads((runs[0] / "flow.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "flow.json").write_text(json.dumps(info | {"teacher_is": info["teacher_is"] | {"fingerprint": "f"}}))
     for option, message in [
+        (["--compare", other], "is of another teacher"),
         (["--length", 7], "6 layers"),
         (["--length", 0], "--length"),
         (["--batch", 65], "--batch"),
@@ -1046,7 +1062,7 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
     for name in ("ladder.png", "evaluations.png", "tokens.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
     rows = {tuple(row.split(" | ")[:2]): row.split(" | ")[2:5] for row in printed.splitlines()[2:]}
-    for row, shown in (("LFT euler x1", "flow matching; euler ×1"), ("LFT midpoint x3", "flow matching; midpoint ×3")):
+    for row, shown in (("LFT euler x1", "flow matching, t = τ^3; euler ×1"), ("LFT midpoint x3", "flow matching, t = τ^3; midpoint ×3")):
         both = [kl["a"][row], kl["b"][row]]
         evaluations = "1" if "euler" in row else "6"
         assert rows["| 1..3", shown] == [evaluations, f"{sum(both) / 2:.4f} ± {abs(both[0] - both[1]) / math.sqrt(2):.4f}", "2"]
@@ -1059,6 +1075,20 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
     for name in baselines:  # of one table that has them
         assert [values for (_, by), values in rows.items() if by == name][0][1] == f"{kl['c'][name]:.4f}"
 
+    names = {"fm": {}, "fm3": {"time_power": 3.0}, "fw": {"steps": 3}, "kl": {"steps": 1, "solver": "euler", "alpha": 0.1, "logit_weight": 1.0}}
+    given = {name: results.method_of({"method": name[:2], "solver": "midpoint", **info}) for name, info in names.items()}
+    assert given["fm"] == "flow matching" and given["fw"] == "Flow Walking, midpoint ×3"
+    assert given["fm3"] == "flow matching, t = τ^3" and given["kl"] == "regression + 0.1 flow matching + logits' KL"
+
+    def refused(message, name, file, changed):
+        before = (tmp_path / name / file).read_text()
+        (tmp_path / name / file).write_text(json.dumps(json.loads(before) | changed))
+        status, printed, errors = script(results, tmp_path / "a", tmp_path / name, "--pictures", tmp_path / "none")
+        assert status == 2 and printed == "" and message in errors and not (tmp_path / "none").exists()
+        (tmp_path / name / file).write_text(before)
+
+    refused("another number of training tokens", "b", "flow.json", {"trained_tokens": 7})
+    refused("lacks LFT euler x1", "c", "table.json", {"rows": []})
     (tmp_path / "b" / "table.json").unlink()
     status, printed, errors = script(results, tmp_path / "a", tmp_path / "b", "--pictures", tmp_path / "none")
     assert status == 2 and printed == "" and "eval_kl.py" in errors and not (tmp_path / "none").exists()
@@ -1248,12 +1278,48 @@ def test_what_cannot_be_resumed_is_refused(script, tmp_path, monkeypatch, teache
     refused(train_fm, "leave out --lr", "--lr", 1.0)
     refused(train_fm, "needs the teacher", teacher_is={})
     refused(train_fm, "and 2 processes", processes=saved["processes"] * 2)
+    refused(train_fm, "no checkpoint of this version", format=0)
+    torch.save({"weights": 1}, run / "checkpoint.pt")
+    refused(train_fm, "no checkpoint of this version")
+    torch.save(saved, run / "checkpoint.pt")
     (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:3000])
     refused(train_fm, "is damaged, or no checkpoint")
     torch.save(print, run / "checkpoint.pt")  # a pickled function: it is not loaded
     refused(train_fm, "is damaged, or no checkpoint")
     (run / "checkpoint.pt").unlink()
     refused(train_fm, "no checkpoint at")
+
+
+def test_a_resumed_run_keeps_its_device_and_compiling_unless_told_otherwise(script, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    script(train_fm, "--out", run, "--max-steps", 1)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["args"]["device"] == "cpu"
+    for compiled, options, expected in [(True, [], ("cpu", True)), (False, ["--compile", "--device", "cuda"], ("cuda", True))]:
+        torch.save(saved | {"step": 0, "args": saved["args"] | {"compile": compiled}}, run / "checkpoint.pt")
+        monkeypatch.setattr(sys, "argv", ["train_fm.py", "--resume", str(run), *options])
+        args, _ = train_fm.read_arguments(train_fm.parse_arguments("", "fm", 1, 4), "fm")
+        assert (args.device, args.compile) == expected
+
+
+def test_a_run_that_is_overwritten_keeps_its_log_until_its_checkpoint_is_replaced(script, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    script(train_fm, "--out", out, "--max-steps", 2)
+    before = listing(out)
+    monkeypatch.setattr(train_fm, "LOG_EVERY", 1)
+    flow_matching_loss, seen = train_fm.flow_matching_loss, []
+
+    def watched(*args, **more):
+        seen.append(listing(out) == before)
+        return flow_matching_loss(*args, **more)
+
+    monkeypatch.setattr(train_fm, "flow_matching_loss", watched)
+    script(train_fm, "--out", out, "--max-steps", 5, "--save-every", 3, "--overwrite")
+    assert seen == [True] * 3 + [False] * 2 and [line["step"] for line in logged(out)] == [1, 2, 3, 4, 5]
+    losses = itertools.chain([1] * 4, itertools.repeat(math.nan))
+    monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args, **more: flow_matching_loss(*args, **more) * next(losses))
+    status, _, _ = script(train_fm, "--out", out, "--max-steps", 9, "--overwrite")
+    assert "holds the flow of step 3" in status and not (out / "checkpoint.pt").exists()  # which would be of the other run
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -1391,6 +1457,9 @@ def test_losses_by_quarter_of_t():
     expected = torch.tensor([((i + 1) ** 3 - i**3) / 48 for i in range(4)])  # the mean of t squared over each quarter
     torch.testing.assert_close(by_quarter[0] / by_quarter[1], expected, rtol=0.1, atol=0)
     assert by_quarter[1].sum() == 4096 and by_quarter[0].sum() / 4096 == pytest.approx(loss.item(), rel=1e-5)
+    by_quarter.zero_()
+    train_fm.flow_matching_loss(lambda x, t: x, x0, x1, time_power=1e-9, by_quarter=by_quarter)  # every t rounds to 1
+    assert by_quarter[1].tolist() == [0, 0, 0, 4096]
 
 
 def test_operations_are_counted(small):

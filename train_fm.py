@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from eval_kl import evaluate, flow_row, kl_divergence, kl_text, log_probabilities, logits_of, skip_row, summarise
 from lft import (
-    TINY_TEACHER, FlowLayer, InputError, VelocityBlock, check_positive, check_seq_len, check_span, default_seq_len,
+    FORMAT, TINY_TEACHER, FlowLayer, InputError, VelocityBlock, check_positive, check_seq_len, check_span, default_seq_len,
     describe_teacher, first_line, held_out_tokens, hidden_pair, layer_range, load_teacher, pick_device, run_layers, run_script,
     save_flow, token_batches, write_whole,
 )  # fmt: skip
@@ -47,7 +47,7 @@ def flow_matching_loss(velocity, x0, x1, time_power=1.0, by_quarter=None):
     x_t = (1 - t) * x0 + t * x1
     losses = (velocity(x_t, t) - (x1 - x0)).float().square().mean(dim=(1, 2))  # Eq. 3, (batch,)
     if by_quarter is not None:
-        quarter = (4 * t.flatten()).long()
+        quarter = (4 * t.flatten()).long().clamp(max=3)  # a power below 1 may round t to 1
         by_quarter.index_add_(1, quarter, torch.stack([losses.detach(), torch.ones_like(losses)]))
     return losses.mean()
 
@@ -87,10 +87,12 @@ def read_arguments(parser, method):
     path = Path(args.resume) / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is {saved['format']}, and this code reads {FORMAT}")
     except OSError as error:
         raise InputError(f"no checkpoint at {path}: give a folder that {Path(sys.argv[0]).name} wrote") from error
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged, or no checkpoint: train anew ({first_line(error)})") from error
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged, or no checkpoint of this version: train anew ({first_line(error)})") from error
     if saved["method"] != method:
         raise InputError(f"{args.resume} is a run of train_{saved['method']}.py: resume it with that")
     free = ("resume", "device", "compile")
@@ -99,7 +101,8 @@ def read_arguments(parser, method):
         raise InputError(f"--resume goes on with the run's own options: leave out --{given[0].replace('_', '-')}")
     if saved["step"] >= saved["args"]["max_steps"]:
         raise InputError(f"{args.resume} is trained to its last step, {saved['step']}: nothing is left to resume")
-    return argparse.Namespace(**saved["args"] | {name: getattr(args, name) for name in free} | {"out": args.resume}), saved
+    chosen = {name: getattr(args, name) or saved["args"][name] for name in free}
+    return argparse.Namespace(**saved["args"] | chosen | {"out": args.resume}), saved
 
 
 def init_layer(teacher, args):
@@ -115,7 +118,7 @@ def init_layer(teacher, args):
 def optimizers_of(velocity, lr):
     """Muon for the matrices of the velocity's layer, AdamW for the rest; Muon's steps are scaled so that one lr suits both."""
     matrices = [weight for weight in velocity.layer.parameters() if weight.ndim == 2]
-    others = [weight for weight in velocity.parameters() if not any(weight is matrix for matrix in matrices)]
+    others = [weight for name, weight in velocity.named_parameters() if not name.startswith("layer.") or weight.ndim != 2]
     return [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
@@ -137,7 +140,6 @@ def join_processes(device):
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
@@ -174,7 +176,7 @@ class Objective(nn.Module):
 
 
 # Matrix products in bfloat16, operations per second, by the vendor's data sheet.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 
 
 def peak_of(device):
@@ -184,9 +186,9 @@ def peak_of(device):
 
 
 def operations(teacher, objective, args):
-    """Floating-point operations of a training step on one token, counted on one sequence."""
+    """Floating-point operations of a training step on one token, counted on one sequence; attention as if it had no mask."""
     ids = torch.zeros(1, args.seq_len, dtype=torch.long, device=teacher.device)
-    with torch.random.fork_rng(), FlopCounterMode(display=False) as counter, autocast(teacher.device):
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []), FlopCounterMode(display=False) as counter, autocast(teacher.device):
         objective(*hidden_pair(teacher, ids, args.start, args.end)).backward()
     objective.zero_grad()
     objective.by_quarter.zero_()
@@ -194,7 +196,7 @@ def operations(teacher, objective, args):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in GiB: the GPU's, or without one the resident memory."""
+    """The most memory that this process has held, in GiB: of the GPU since the last score, or without one the resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
@@ -232,6 +234,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
         raise InputError(f"{out} holds a run already: give another --out, --overwrite to replace it, or --resume {out}")
     if args.batch_size % (processes * args.accumulate):
         raise InputError(f"--batch-size {args.batch_size} cannot be cut evenly for {processes} x {args.accumulate}, the processes times --accumulate")
+    args.device = args.device or device.type
     teacher, tokenizer = load_teacher(args.teacher, device)
     check_span(teacher, args.start, args.end)
     args.seq_len = args.seq_len or default_seq_len(teacher)
@@ -272,7 +275,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
             stepper.load_state_dict(saved[name])
         done = saved["step"]
         torch.set_rng_state(here["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda_rng" in here:  # a run that moves over from a CPU has none
             torch.cuda.set_rng_state(here["cuda_rng"], device)
     elif rank:
         torch.manual_seed(args.seed + rank)  # each process draws times of its own
@@ -281,7 +284,6 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
     if args.compile and device.type == "cpu":
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses; the velocity shares the setting
     maybe_compiled = torch.compile if args.compile else lambda function: function
-
 
     def objective_of(velocity, logit_kl):
         return Objective(velocity, loss_of, device, functools.partial(logit_kl, teacher, args.end) if wants_logits else None)
@@ -299,6 +301,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
         velocity.eval()
         summary = summarise(evaluate(teacher, held_out, args.end, {"row": row})["row"])
         velocity.train()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         return summary
 
     def text_of(summary):
@@ -317,8 +321,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
         states = of_all_processes()
         if rank == 0:
             checkpoint = {
-                "method": method, "args": vars(args), "teacher_is": teacher_is, "step": done, "velocity": velocity.state_dict(),
-                "processes": states, **{name: stepper.state_dict() for name, stepper in steppers.items()},
+                "format": FORMAT, "method": method, "args": vars(args), "teacher_is": teacher_is, "step": done,
+                "velocity": velocity.state_dict(), "processes": states, **{name: stepper.state_dict() for name, stepper in steppers.items()},
             }  # fmt: skip
             write_whole(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
             save()
@@ -340,6 +344,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
         cut_log(out / "log.jsonl", done)
     begun, stopped, spoilt, interrupted, log = done, None, False, [], None
     window = []  # loss and gradient norm of each step since the last line of the log
+    unwritten = []  # lines of the log
     weights = list(velocity.parameters())
     good = [weight.detach().clone() for weight in weights]  # the last weights that gave a finite loss and gradient
     finite = torch.ones((), dtype=torch.bool, device=device)
@@ -396,7 +401,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
                 speed = len(figures) * tokens_per_step / (time.perf_counter() - clock)
                 line = {
                     "step": done, "tokens": done * tokens_per_step, "loss": sum(loss for loss, _ in figures) / len(figures),
-                    "lr": schedules[0].get_last_lr()[0], "gradient_norm": figures[-1][1], "tokens_per_second": round(speed),
+                    "lr": args.lr * lr_factor(done - 1), "gradient_norm": figures[-1][1], "tokens_per_second": round(speed),
                     "peak_memory_gib": round(peak_memory(device), 2),
                 }  # fmt: skip
                 if peak:
@@ -412,8 +417,11 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
                     if not math.isfinite(summary["kl"]):
                         stopped, spoilt = f"the held-out KL after step {done} is {summary['kl']}: try a lower --lr", True
                         done -= 1
-                log = log or open(out / "log.jsonl", "a" if saved else "w", buffering=1)
-                print(json.dumps(line), file=log)
+                unwritten.append(json.dumps(line))
+                if saving or interrupted or saved or not occupied:  # a run that is overwritten keeps its log as long as its checkpoint
+                    log = log or open(out / "log.jsonl", "a" if saved else "w", buffering=1)
+                    print(*unwritten, sep="\n", file=log)
+                    unwritten.clear()
             if processes > 1:  # the first decides for all
                 decision = [stopped, interrupted]
                 dist.broadcast_object_list(decision)
@@ -438,7 +446,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
     finally:
         progress.close()
         if log:
-            log.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been said
+                log.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if processes > 1:
@@ -453,6 +462,8 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
             for kept, weight in zip(good, weights):
                 weight.copy_(kept)
         save()
+        if occupied and not log:
+            (out / "checkpoint.pt").unlink(missing_ok=True)  # of the run that was overwritten
     if stopped:
         sys.exit(f"{stopped}; {out} holds the flow of step {done}")
     print("held-out text, KL in nats per token, lower is better")
@@ -464,7 +475,8 @@ def main():
     parser = parse_arguments(__doc__.splitlines()[0], "fm", 6, 12)
     parser.add_argument("--time-power", type=float, default=3.0, help="times are uniform draws to this power: 1 is the paper's, above it early times come oftener, ours (default %(default)s)")
     args, saved = read_arguments(parser, "fm")
-    check_positive(args, "time_power")
+    if not 0 < args.time_power < math.inf:
+        raise InputError(f"--time-power {args.time_power} is no power: give more than 0")
     loss_of = functools.partial(flow_matching_loss, time_power=args.time_power)
     train(args, saved, "fm", loss_of, solver="midpoint", steps=1, notes={"time_power": args.time_power})
 
