@@ -126,7 +126,7 @@ def draw_ladder(groups, colors, path):
             point = (end - start, mean_kl([table for _, table, _ in seeds], as_trained(seeds[0][0]))[1])
             marked.setdefault((method, colors[method], "o"), []).append(point)
     for (name, color, marker), points in marked.items():
-        axes.plot(*zip(*points), marker, color=color, ms=7, label=name)
+        axes.plot(*zip(*points), marker, color=color, ms=7, fillstyle="none", mew=1.5, label=name)
     axes.set(xlabel="layers replaced by one, or skipped", ylabel="KL from the teacher, nats per token")
     plain_logarithmic(axes, "y")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

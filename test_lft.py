@@ -1396,10 +1396,10 @@ def test_the_gradient_of_two_processes_is_that_of_the_joint_batch(processes, tmp
     run_two(processes, "train_fm", *options, "--max-steps", 1, "--out", tmp_path / "two")
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
     torch.manual_seed(0)
-    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[2])
+    velocity = lft.VelocityBlock(teacher.config, teacher.gpt_neox.layers[1])
     times = [torch.rand(4, 1, 1)]
     torch.manual_seed(1)
-    times = torch.cat([*times, torch.rand(4, 1, 1)])
+    times = torch.cat([*times, torch.rand(4, 1, 1)]) ** 3
     with train_fm.autocast(torch.device("cpu")):
         x0, x1, context = lft.hidden_pair(teacher, next(lft.token_batches(str(text), tokenizer, 8, 32, 0)), 1, 4)
         loss = (velocity((1 - times) * x0 + times * x1, times, **context) - (x1 - x0)).square().mean()
