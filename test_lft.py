@@ -1165,6 +1165,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(script, tmp_path, monkeypat
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(script, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
     script(train_fw, "--out", tmp_path / "whole", "--max-steps", 6)
     steps = iter(range(6))
     loss_of = train_fw.flow_walking_loss
@@ -1177,7 +1178,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(script, tmp_pa
     monkeypatch.setattr(train_fw, "flow_walking_loss", interrupting)
     status, _, _ = script(train_fw, "--out", tmp_path / "part", "--max-steps", 6)
     assert status == f"interrupted; {tmp_path / 'part'} holds the flow of step 3"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
     assert script(train_fw, "--resume", tmp_path / "part")[0] == 0
     assert equal_runs(tmp_path / "whole", tmp_path / "part")
