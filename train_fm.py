@@ -462,7 +462,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
             for kept, weight in zip(good, weights):
                 weight.copy_(kept)
         save()
-        if occupied and not log:
+        if occupied and not saved and not log:
             (out / "checkpoint.pt").unlink(missing_ok=True)  # of the run that was overwritten
     if stopped:
         sys.exit(f"{stopped}; {out} holds the flow of step {done}")
