@@ -1323,6 +1323,18 @@ def test_a_run_that_is_overwritten_keeps_its_log_until_its_checkpoint_is_replace
     assert "holds the flow of step 3" in status and not (out / "checkpoint.pt").exists()  # which would be of the other run
 
 
+def test_a_resumed_run_that_diverges_keeps_its_checkpoint(script, tmp_path, monkeypatch):
+    out, flow_matching_loss = tmp_path / "run", train_fm.flow_matching_loss
+    script(train_fm, "--out", out, "--max-steps", 30, "--save-every", 10)
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(saved | {"step": 10}, out / "checkpoint.pt")
+    before = (out / "checkpoint.pt").read_bytes()
+    losses = itertools.chain([1] * 3, itertools.repeat(math.nan))
+    monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args, **more: flow_matching_loss(*args, **more) * next(losses))
+    status, _, _ = script(train_fm, "--resume", out)
+    assert "holds the flow of step 12" in status and (out / "checkpoint.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_batches_go_on_from_a_saved_state(tmp_path, shards, text, tiny, streamed):
     data, (_, tokenizer) = str(shards if streamed else text), tiny
