@@ -119,7 +119,7 @@ def evaluate(teacher, sequences, end, rows, title=None):
     device = next(teacher.parameters()).device
     scores = {name: [] for name in rows}
     logits = sequences.shape[1] * teacher.config.vocab_size  # of a sequence
-    batches = sequences.split(min(max(1, 4096 // sequences.shape[1]), max(1, LOGITS_AT_ONCE // logits)))
+    batches = sequences.split(max(1, min(4096 // sequences.shape[1], LOGITS_AT_ONCE // logits)))
     progress = tqdm(total=len(batches) * len(rows), desc=title, disable=title is None, unit="row", leave=False)
     for ids in batches:
         ids = ids.to(device)
