@@ -9,15 +9,13 @@ put in the order of how far they move the state, which is ours. Needs scipy, and
 """
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from lft import (
     TINY_TEACHER, InputError, check_positive, check_seq_len, check_span, describe_teacher, embed, first_line, layer_range,
-    load_teacher, pick_device, read_info, run_script, token_batches,
+    load_teacher, pick_device, read_curve, read_info, run_script, token_batches,
 )  # fmt: skip
 
 try:
@@ -66,13 +64,9 @@ def compare(runs, teacher, result, moved):
         info = read_info(run)
         if info["teacher_is"] != teacher_is:
             raise InputError(f"run {run} is of another teacher, {info['teacher']}: leave it out, or give --teacher {info['teacher']}")
-        try:
-            log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-            kl = [line["held_out_kl"] for line in log if "held_out_kl" in line][-1]
-        except (OSError, ValueError, IndexError) as error:
-            raise InputError(f"the log.jsonl of run {run} holds no held-out KL ({first_line(error)}): train it to its end") from error
         start, end = info["start"], info["end"]
-        lines.append((result[start, end].item(), moved[start, end].item(), kl, layer_range(start, end), info["trained_tokens"]))
+        tokens, kl = read_curve(run)[-1]
+        lines.append((result[start, end].item(), moved[start, end].item(), kl, layer_range(start, end), tokens))
     print(f"\n{'layers':>8}{'R':>8}{'moved':>8}{'KL':>9}   held-out text, nats per token, after training")
     for ratio, move, kl, layers, tokens in sorted(lines):
         print(f"{layers:>8}{ratio:>8.3f}{move:>8.3f}{kl:>9.4f}   {tokens:,} tokens")

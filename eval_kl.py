@@ -2,8 +2,9 @@
 
     python eval_kl.py runs/fw-6-18
 
-Prints a table over held-out text. KL is KL(teacher || student) of the next-token distributions, in nats per token; the
-lower, the nearer to the teacher. Everything runs in float32, whatever the flow was trained in.
+Prints a table over held-out text, other than that which training scores itself on. KL is KL(teacher || student) of the
+next-token distributions, in nats per token; the lower, the nearer to the teacher. Everything runs in float32, whatever the
+flow was trained in.
 """
 import argparse
 import itertools
@@ -295,7 +296,7 @@ def main():
     add = parser.add_argument
     add("run", help="folder that train_fm.py or train_fw.py wrote")
     add("--teacher", help="where the run's teacher is now (default: where it was in training)")
-    add("--data", help="stdlib, a text file, a glob, or a data set, on the hub or in a folder; its held-out part is read (default: what the run was trained on)")
+    add("--data", help="stdlib, a text file, a glob, or a data set, on the hub or in a folder; its held-out part is read, less what is for validation (default: what the run was trained on)")
     add("--tokens", type=int, default=32_768, help="held-out tokens to score (default %(default)s)")
     add("--flow-steps", type=int, nargs="+", help=f"numbers of steps to integrate the flow in (default: {FLOW_STEPS} and that of the training)")
     add("--no-baselines", action="store_true", help="leave out the linear map and the skips, which runs for one span share (default: do not)")
@@ -313,7 +314,7 @@ def main():
     start, end, data = info["start"], info["end"], args.data or info["data"]
     sequences = held_out_tokens(data, tokenizer, info["seq_len"], args.tokens)
     print(
-        f"teacher {info['teacher']}, data {data}, held-out part: {sequences.numel():,} tokens in {len(sequences)} sequences; "
+        f"teacher {info['teacher']}, data {data}, held-out text for the test: {sequences.numel():,} tokens in {len(sequences)} sequences; "
         f"{args.run} replaces layers {layer_range(start, end)}, {end - start} of {teacher.config.num_hidden_layers}", flush=True
     )  # fmt: skip
     linear, skips = None, ()

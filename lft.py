@@ -389,17 +389,34 @@ def text_sequences(data, split, tokenizer, seq_len):
     return itertools.chain([first], sequences)
 
 
-def held_out_tokens(data, tokenizer, seq_len, tokens):
-    """About `tokens` held-out tokens of `data` in full sequences, one at least: (sequences, seq_len).
+def evenly(items, n):
+    """n of the items, or all, at even distances."""
+    return [items[i] for i in torch.linspace(0, len(items) - 1, min(n, len(items))).long()]
 
-    Taken at even distances from the whole held-out part of local text, and from the front of a streamed data set.
+
+VALIDATION_TOKENS = 16_384
+
+
+def held_out_tokens(data, tokenizer, seq_len, tokens=None):
+    """Held-out tokens of `data` in full sequences, one at least: (sequences, seq_len).
+
+    Without `tokens` VALIDATION_TOKENS for validation, which training scores and a recipe may be chosen by; else about so many
+    for a test, which shares no sequence with validation. Of local text both are spread over the whole held-out part; of a
+    streamed data set every other sequence is for validation, from the front. Raises InputError if nothing is left for a test.
     """
-    wanted = max(1, tokens // seq_len)
+    test = tokens is not None
+    wanted = max(1, (tokens if test else VALIDATION_TOKENS) // seq_len)
     sequences = text_sequences(data, "held-out", tokenizer, seq_len)
-    if not is_local(data):
-        return torch.stack(list(itertools.islice(sequences, wanted)))
-    sequences = torch.stack(list(sequences))
-    return sequences[torch.linspace(0, len(sequences) - 1, min(wanted, len(sequences))).long()]
+    if is_local(data):
+        sequences = list(sequences)
+        validation = evenly(range(len(sequences)), max(1, min(VALIDATION_TOKENS // seq_len, len(sequences) // 2)))
+        numbers = evenly(sorted({*range(len(sequences))} - {*validation}), wanted) if test else validation
+        sequences = [sequences[number] for number in numbers]
+    else:
+        sequences = list(itertools.islice(sequences, int(test), 2 * wanted, 2))
+    if not sequences:
+        raise InputError(f"data {data} holds one held-out sequence of {seq_len} tokens, which is for validation: give more text")
+    return torch.stack(sequences)
 
 
 def local_batches(data, tokenizer, batch_size, seq_len, seed, state, rank, processes):
@@ -522,6 +539,18 @@ def read_info(folder):
         raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"the flow.json of run {folder} is damaged or cut short: train it anew") from error
+
+
+def read_curve(folder):
+    """The (training tokens, held-out KL) that a run's log.jsonl holds, a list; raises InputError if there are none."""
+    try:
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        curve = [(line["tokens"], line["held_out_kl"]) for line in log if "held_out_kl" in line]
+        if not curve:
+            raise ValueError("no line has one")
+        return curve
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the log.jsonl of run {folder} holds no held-out KL ({first_line(error)}): train it to its end") from error
 
 
 def load_flow(folder, teacher):

@@ -10,7 +10,8 @@ import json
 import statistics
 from pathlib import Path
 
-from lft import InputError, first_line, layer_range, read_info, run_script
+from eval_kl import SKIPS
+from lft import InputError, first_line, layer_range, read_curve, read_info, run_script
 
 try:
     from matplotlib import pyplot, ticker
@@ -20,7 +21,7 @@ except ImportError as error:
 SHOWN = ("LFT euler x1", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
 BASELINES = (
     "span dropped", "linear map",
-    *(f"skip {n}, {where}" for n in (1, 2, 3, 4) for where in ("best inside span", "mean inside span", "best anywhere")),
+    *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "best anywhere")),
 )  # fmt: skip
 DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
 
@@ -31,22 +32,21 @@ def as_trained(info):
 
 
 def read_run(folder):
-    """A run's flow.json, the rows of its table.json by name, and the (millions of tokens, KL) that its log.jsonl holds."""
+    """A run's flow.json, the rows of its table.json by name, and the (tokens, KL) of its training."""
     info = read_info(folder)
     try:
         table = {row["name"]: row for row in json.loads((Path(folder) / "table.json").read_text())["rows"]}
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"run {folder} lacks a whole log.jsonl or table.json ({first_line(error)}): python eval_kl.py {folder} --json {folder}/table.json"
+            f"run {folder} lacks a whole table.json ({first_line(error)}): python eval_kl.py {folder} --json {folder}/table.json"
         ) from error
     if as_trained(info) not in table:
         raise InputError(f"the table.json of run {folder} lacks {as_trained(info)}, as it was trained: make it with --flow-steps {info['steps']} too")
-    return info, table, [(line["tokens"] / 1e6, line["held_out_kl"]) for line in log if "held_out_kl" in line]
+    return info, table, read_curve(folder)
 
 
-def method_of(info):
-    """How a run was trained, in words."""
+def loss_of(info):
+    """The loss of a run, in words."""
     if info["method"] == "fm":
         power = info.get("time_power", 1)
         return "flow matching" + (f", t = τ^{power:g}" if power != 1 else "")
@@ -58,6 +58,11 @@ def method_of(info):
         if weight:
             name += f" + {term}" if weight == 1 else f" + {weight:g} {term}"
     return name
+
+
+def method_of(info):
+    """How a run was trained, and on how much, in words."""
+    return f"{loss_of(info)}, {info['trained_tokens'] / 1e6:.4g} M tokens"
 
 
 def shared_rows(methods):
@@ -74,20 +79,19 @@ def mean_kl(tables, name):
 
 def print_results(groups):
     """groups: {(start, end): {method: [(info, table, curve) of each seed]}}."""
-    print("| layers replaced | by | velocity evaluations | KL | seeds | training tokens, millions |\n|---|---|---|---|---|---|")
+    print("| layers replaced | by | velocity evaluations | KL | seeds |\n|---|---|---|---|---|")
     for (start, end), methods in groups.items():
         for method, seeds in methods.items():
             tables = [table for _, table, _ in seeds]
-            millions = f"{seeds[0][0]['trained_tokens'] / 1e6:.1f}"
             for name in SHOWN[:1] if "regression" in method else SHOWN:
                 if all(name in table for table in tables):
                     solver = name.removeprefix("LFT ").replace(" x", " ×")
                     text, _ = mean_kl(tables, name)
-                    print(f"| {layer_range(start, end)} | {method}; {solver} | {tables[0][name]['evaluations']} | {text} | {len(seeds)} | {millions} |")
+                    print(f"| {layer_range(start, end)} | {method}; {solver} | {tables[0][name]['evaluations']} | {text} | {len(seeds)} |")
         table = shared_rows(methods)
         for name in BASELINES:
             if name in table:
-                print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – | – |")
+                print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – |")
 
 
 def save_picture(figure, path):
@@ -114,7 +118,7 @@ def draw_ladder(groups, colors, path):
     widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
     table = shared_rows(groups[widest])
     for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
-        ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in (1, 2, 3, 4) if f"skip {n}, {where}" in table]
+        ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in SKIPS if f"skip {n}, {where}" in table]
         axes.plot([n for n, _ in ladder], [kl for _, kl in ladder], style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
     marked = {}  # (name, color, marker): points
     for (start, end), methods in groups.items():
@@ -167,7 +171,7 @@ def draw_evaluations(axes, method, seeds, color):
 def draw_tokens(axes, method, seeds, color):
     """KL against training tokens, a line for each seed, integrated as in training."""
     for number, (_, _, curve) in enumerate(seeds):
-        axes.plot([tokens for tokens, _ in curve], [kl for _, kl in curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
+        axes.plot([tokens / 1e6 for tokens, _ in curve], [kl for _, kl in curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
 
 
 def main():
@@ -180,8 +184,6 @@ def main():
         info, table, curve = read_run(folder)
         seeds = groups.setdefault((info["start"], info["end"]), {}).setdefault(method_of(info), [])
         seeds.append((info, table, curve))
-        if info["trained_tokens"] != seeds[0][0]["trained_tokens"]:
-            raise InputError(f"run {folder} has seen another number of training tokens than others of its kind: leave it out")
     groups = dict(sorted(groups.items()))
     folder = Path(args.pictures)
     try:

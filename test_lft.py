@@ -646,12 +646,18 @@ def test_a_pass_over_local_text_holds_every_sequence_once_in_an_order_of_its_own
     assert not torch.equal(next(lft.token_batches(str(path), Letters(), 13, 4, seed=1)), one[:13])
 
 
+def first_letters(sequences):
+    return "".join(chr(sequence[0]) for sequence in sequences)
+
+
 def test_held_out_tokens_are_spread_over_the_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("." * 1900 + "".join(letter * 10 for letter in "abcdefghij"))
-    sequences = lft.held_out_tokens(str(path), Letters(), 10, 40)
-    assert ["".join(map(chr, sequence)) for sequence in sequences.tolist()] == [letter * 10 for letter in "adgj"]
-    assert lft.held_out_tokens(str(path), Letters(), 10, 10_000).shape == (10, 10)
+    assert first_letters(lft.held_out_tokens(str(path), Letters(), 10)) == "acegj"  # for validation at most half
+    assert first_letters(lft.held_out_tokens(str(path), Letters(), 10, 30)) == "bfi"
+    assert first_letters(lft.held_out_tokens(str(path), Letters(), 10, 10_000)) == "bdfhi"
+    with pytest.raises(lft.InputError, match="one held-out sequence of 100 tokens, which is for validation"):
+        lft.held_out_tokens(str(path), Letters(), 100, 100)
 
 
 def write_shard(path, texts):
@@ -668,6 +674,9 @@ def test_a_hub_data_set_is_streamed_with_its_own_splits(tmp_path, monkeypatch):
     write_shard(tmp_path / "test.jsonl.zst", ["qrst"])
     assert list(lft.hub_documents(str(tmp_path), "train")) == ["abcd", "efgh", "ijkl"]
     assert list(lft.hub_documents(str(tmp_path), "held-out")) == ["mnop"]
+    write_shard(tmp_path / "val.jsonl.zst", ["a" * 9, "b" * 9, "c" * 9, "d" * 9])
+    assert first_letters(lft.held_out_tokens(str(tmp_path), Letters(), 10)) == "ac"  # for validation, the others for a test
+    assert first_letters(lft.held_out_tokens(str(tmp_path), Letters(), 10, 10)) == "b"
     batches = lft.token_batches(str(tmp_path), Letters(), 2, 5, seed=0)
     text = "".join(chr(token) for _ in range(3) for token in next(batches).flatten())
     assert text.replace("\0", "|") == "abcd|efgh|ijkl|" * 2  # its own order, one pass after another
@@ -761,7 +770,7 @@ def test_a_run_is_saved_loaded_and_scored(script, tmp_path, module, solver, step
     assert all(keys <= row.keys() for row in table["rows"])
 
     # The KL that training printed at the end is that of the student on the same held-out text.
-    held_out = lft.held_out_tokens(str(text), tokenizer, 32, train_fm.EVALUATE_TOKENS)
+    held_out = lft.held_out_tokens(str(text), tokenizer, 32)
     student = lft.replace_span(teacher, 1, 4, lft.FlowLayer(velocity, 1, 4, solver, steps))
     p = teacher(held_out, use_cache=False).logits.double().log_softmax(-1)
     q = student(held_out, use_cache=False).logits.double().log_softmax(-1)
@@ -1023,7 +1032,7 @@ def test_choose_span_names_the_best_span_and_compares_runs(script, tmp_path, mon
     for run, start, kl in zip(runs, (0, 2, 4), (0.1, 0.3, 0.2)):
         assert script(train_fm, "--out", run, "--start", start, "--end", start + 2, "--max-steps", 1)[0] == 0
         with open(run / "log.jsonl", "a") as log:
-            print(json.dumps({"held_out_kl": kl}), file=log)
+            print(json.dumps({"tokens": 1, "held_out_kl": kl}), file=log)
     options = ["--length", 2, "--teacher", teacher_folder, "--data", text, "--batch", 32, "--tokens", 128]
     status, printed, _ = script(choose_span, *options, "--picture", tmp_path / "map.png", "--compare", *runs)
     assert status == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -1034,11 +1043,14 @@ def test_choose_span_names_the_best_span_and_compares_runs(script, tmp_path, mon
     assert "over 3 runs: of R -1.00, of how far the span moves the state 0.50" in printed
 
     info = json.loads((runs[0] / "flow.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "flow.json").write_text(json.dumps(info | {"teacher_is": info["teacher_is"] | {"fingerprint": "f"}}))
+    other, unscored = tmp_path / "other", tmp_path / "unscored"
+    for run, said in ((other, {"teacher_is": info["teacher_is"] | {"fingerprint": "f"}}), (unscored, {})):
+        run.mkdir()
+        (run / "flow.json").write_text(json.dumps(info | said))
+    (unscored / "log.jsonl").write_text('{"tokens": 1}\n')
     for option, message in [
         (["--compare", other], "is of another teacher"),
+        (["--compare", unscored], "holds no held-out KL (no line has one)"),
         (["--length", 7], "6 layers"),
         (["--length", 0], "--length"),
         (["--batch", 65], "--batch"),
@@ -1061,12 +1073,15 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
     assert status == 0
     for name in ("ladder.png", "evaluations.png", "tokens.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
-    rows = {tuple(row.split(" | ")[:2]): row.split(" | ")[2:5] for row in printed.splitlines()[2:]}
-    for row, shown in (("LFT euler x1", "flow matching, t = τ^3; euler ×1"), ("LFT midpoint x3", "flow matching, t = τ^3; midpoint ×3")):
+    cells = [row.removesuffix(" |").split(" | ") for row in printed.splitlines()[2:]]
+    rows = {tuple(row[:2]): row[2:] for row in cells}
+    tokens = json.loads((tmp_path / "a" / "flow.json").read_text())["trained_tokens"]
+    trained = f"{tokens / 1e6:g} M tokens"
+    for row, shown in (("LFT euler x1", "euler ×1"), ("LFT midpoint x3", "midpoint ×3")):
         both = [kl["a"][row], kl["b"][row]]
         evaluations = "1" if "euler" in row else "6"
-        assert rows["| 1..3", shown] == [evaluations, f"{sum(both) / 2:.4f} ± {abs(both[0] - both[1]) / math.sqrt(2):.4f}", "2"]
-    assert rows["| 1..3", "regression; euler ×1"] == ["1", f"{kl['c']['LFT euler x1']:.4f}", "1"]
+        assert rows["| 1..3", f"flow matching, t = τ^3, {trained}; {shown}"] == [evaluations, f"{sum(both) / 2:.4f} ± {abs(both[0] - both[1]) / math.sqrt(2):.4f}", "2"]
+    assert rows["| 1..3", f"regression, {trained}; euler ×1"] == ["1", f"{kl['c']['LFT euler x1']:.4f}", "1"]
     assert not any("regression" in by and "×3" in by for _, by in rows)  # which it was not trained for
     assert rows["| 1..3", "span dropped"][1] == f"{kl['a']['span dropped']:.4f}"
     baselines = {"linear map", "skip 2, best inside span", "skip 4, best anywhere"}
@@ -1076,7 +1091,7 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
         assert [values for (_, by), values in rows.items() if by == name][0][1] == f"{kl['c'][name]:.4f}"
 
     names = {"fm": {}, "fm3": {"time_power": 3.0}, "fw": {"steps": 3}, "kl": {"steps": 1, "solver": "euler", "alpha": 0.1, "logit_weight": 1.0}}
-    given = {name: results.method_of({"method": name[:2], "solver": "midpoint", **info}) for name, info in names.items()}
+    given = {name: results.loss_of({"method": name[:2], "solver": "midpoint", **info}) for name, info in names.items()}
     assert given["fm"] == "flow matching" and given["fw"] == "Flow Walking, midpoint ×3"
     assert given["fm3"] == "flow matching, t = τ^3" and given["kl"] == "regression + 0.1 flow matching + logits' KL"
 
@@ -1087,7 +1102,12 @@ def test_results_are_means_and_deviations_over_seeds(script, tmp_path):
         assert status == 2 and printed == "" and message in errors and not (tmp_path / "none").exists()
         (tmp_path / name / file).write_text(before)
 
-    refused("another number of training tokens", "b", "flow.json", {"trained_tokens": 7})
+    longer = json.loads((tmp_path / "b" / "flow.json").read_text()) | {"trained_tokens": 12_345_678}
+    (tmp_path / "b" / "flow.json").write_text(json.dumps(longer))  # so not to be averaged with a
+    status, printed, _ = script(results, tmp_path / "a", tmp_path / "b", "--pictures", tmp_path / "pictures")
+    for name, trained in (("a", f"{tokens / 1e6:g}"), ("b", "12.35")):
+        assert f"| flow matching, t = τ^3, {trained} M tokens; euler ×1 | 1 | {kl[name]['LFT euler x1']:.4f} | 1 |" in printed
+
     refused("lacks LFT euler x1", "c", "table.json", {"rows": []})
     (tmp_path / "b" / "table.json").unlink()
     status, printed, errors = script(results, tmp_path / "a", tmp_path / "b", "--pictures", tmp_path / "none")

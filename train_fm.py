@@ -211,7 +211,6 @@ def cut_log(path, step):
 
 
 LOG_EVERY = 10  # steps: what is on the device is read then, and only then, so that the device never waits for us
-EVALUATE_TOKENS = 16_384
 WARM_UP = 50  # steps
 
 
@@ -248,7 +247,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
     # The velocity, and the text.
     torch.manual_seed(args.seed)
     velocity = VelocityBlock(teacher.config, init_layer(teacher, args)).to(device)
-    held_out = held_out_tokens(args.data, tokenizer, args.seq_len, EVALUATE_TOKENS)
+    validation = held_out_tokens(args.data, tokenizer, args.seq_len)
     here = saved["processes"][rank] if saved else {"text": {}}  # what each process has of its own
     batches = token_batches(
         args.data, tokenizer, args.batch_size // processes, args.seq_len, args.seed, here["text"], rank, processes
@@ -299,7 +298,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
 
     def score(row):
         velocity.eval()
-        summary = summarise(evaluate(teacher, held_out, args.end, {"row": row})["row"])
+        summary = summarise(evaluate(teacher, validation, args.end, {"row": row})["row"])
         velocity.train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -466,7 +465,7 @@ def train(args, saved, method, loss_of, solver, steps, notes=None, wants_logits=
             (out / "checkpoint.pt").unlink(missing_ok=True)  # of the run that was overwritten
     if stopped:
         sys.exit(f"{stopped}; {out} holds the flow of step {done}")
-    print("held-out text, KL in nats per token, lower is better")
+    print("held-out text for validation, KL in nats per token, lower is better")
     print(f"  student       {text_of(summary)}\n  span dropped  {text_of(score(dropped))}")
     print(f"saved in {out}: python eval_kl.py {out}")
 
