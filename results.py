@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise SystemExit("error: results.py needs one package more: pip install matplotlib") from error
 
-SHOWN = ("LFT euler x1", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
+SHOWN = ("LFT euler x1", "LFT euler x3", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
 BASELINES = (
     "span dropped", "linear map",
     *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "best anywhere")),
@@ -114,7 +114,7 @@ def plain_logarithmic(axes, *names):
 
 def draw_ladder(groups, colors, path):
     """KL against layers replaced: what skipping costs, and what each way to put one layer in their place leaves."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.4), layout="constrained")
     widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
     table = shared_rows(groups[widest])
     for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
