@@ -400,18 +400,19 @@ VALIDATION_TOKENS = 16_384
 def held_out_tokens(data, tokenizer, seq_len, tokens=None):
     """Held-out tokens of `data` in full sequences, one at least: (sequences, seq_len).
 
-    Without `tokens` VALIDATION_TOKENS for validation, which training scores and a recipe may be chosen by; else about so many
-    for a test, which shares no sequence with validation. Of local text both are spread over the whole held-out part; of a
-    streamed data set every other sequence is for validation, from the front. Raises InputError if nothing is left for a test.
+    tokens: how many for a test, which shares no sequence with validation; None: the VALIDATION_TOKENS that training scores
+    itself on, and that a recipe may be chosen by. Of local text both are spread over the whole held-out part; of a streamed
+    data set every other sequence is for validation, from the front. Raises InputError if nothing is left for a test.
     """
     test = tokens is not None
     wanted = max(1, (tokens if test else VALIDATION_TOKENS) // seq_len)
     sequences = text_sequences(data, "held-out", tokenizer, seq_len)
     if is_local(data):
         sequences = list(sequences)
-        validation = evenly(range(len(sequences)), max(1, min(VALIDATION_TOKENS // seq_len, len(sequences) // 2)))
-        numbers = evenly(sorted({*range(len(sequences))} - {*validation}), wanted) if test else validation
-        sequences = [sequences[number] for number in numbers]
+        numbers = range(len(sequences))
+        validation = evenly(numbers, max(1, min(VALIDATION_TOKENS // seq_len, len(sequences) // 2)))  # half at most
+        others = sorted(set(numbers) - set(validation))
+        sequences = [sequences[number] for number in (evenly(others, wanted) if test else validation)]
     else:
         sequences = list(itertools.islice(sequences, int(test), 2 * wanted, 2))
     if not sequences:
