@@ -1,130 +1,100 @@
 """The Latent Flow Transformer (arXiv 2505.14513): the method, to be read from top to bottom.
 
-A span of layers [start, end) of a pretrained language model (the teacher) is cut out. In its place stands one learned
+A span of layers [start, end) of a pretrained language model, the teacher, is cut out. In its place stands one learned
 velocity field u(x, t), integrated from t = 0 to t = 1:
 
     x0, the state entering layer `start`   --- dx/dt = u(x, t) --->   x1, the state entering layer `end`
 
-Everything outside the span stays as it was. This file holds the velocity field, the solvers, the layer that stands in
-for the span, the teacher and its hidden states, the text, how a flow is saved, and the student, the model with the flow
-in it. train_fm.py and train_fw.py hold the two losses; eval_kl.py says how far the student's logits are from the teacher's.
+Spans are half-open, as in Python: 6 -> 18 replaces layers 6..17, twelve of them. Hidden states, written x, have the shape
+(batch, seq, hidden).
 
-Spans are half-open, as in Python: 6 -> 18 replaces layers 6..17, twelve of them. Hidden states, written x, have the
-shape (batch, seq, hidden); times run from 0 to 1.
+Everything here is a model of transformers: `replace_span` makes a student, or a teacher with layers skipped, from the
+teacher, and all of them are called, cached, timed and scored in the same way. This file needs torch and transformers only,
+because a copy of it goes into the folder of every saved student.
 """
+import contextlib
 import copy
-import functools
-import glob
 import hashlib
 import itertools
 import json
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from datasets import load_dataset
-from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers.masking_utils import create_causal_mask
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input, told in one sentence that says what to do; the scripts print it and exit with status 2."""
-
-
-def first_line(error):
-    """What another library's error says, in short."""
-    return str(error).strip().split("\n")[0]
 
 
 # 1. The velocity field
 
-
 TIME_CHANNELS = 128
-# While t goes from 0 to 1, the slowest channel of the time embedding turns by one radian and the fastest by this many,
-# so that every channel varies. A sinusoid made for positions 0, 1, 2, … would hardly move.
+# While t goes from 0 to 1, the slowest channel of the time embedding turns by one radian and the fastest by this many.
 FASTEST = 1000.0
 
 
 class VelocityBlock(nn.Module):
-    """The velocity field u(x, t): one layer of the teacher's kind, without its outer residual, conditioned on time.
+    """The velocity field u(x, t): one layer of the teacher's kind without its outer residual, conditioned on time.
 
-    u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(x) + β2), where six vectors from t scale (γ), shift (β) and
-    gate (α) the two branches of GPT-NeoX's parallel layer, as in a DiT block (Fig. 1). It starts at α = γ = 1 and β = 0
-    for every t, so with the weights of a teacher layer, x + u(x, t) is that layer exactly.
+    u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(y) + β2), where six vectors from t shift (β), scale (γ) and gate
+    (α) the two branches, as in a DiT block (Fig. 1). y is x in Pythia's parallel layers, and x plus the first branch in
+    others. All t start at α = γ = 1 and β = 0, where x + u(x, t) is the layer itself.
 
-    config: the teacher's GPTNeoXConfig. layer: the teacher layer whose weights to start from; None: random weights.
+    layer: the teacher's layer to start from, a copy of which is trained.
     """
 
-    def __init__(self, config, layer=None):
+    def __init__(self, layer):
         super().__init__()
-        self.layer = GPTNeoXLayer(config, layer_idx=0)  # taken for its parts: its own forward is never called
-        if layer is not None:
-            self.layer.load_state_dict(layer.state_dict())
-        self.register_buffer("frequencies", torch.logspace(0, 1, TIME_CHANNELS // 2, base=FASTEST), persistent=False)
-        self.time_mlp = nn.Sequential(
-            nn.Linear(TIME_CHANNELS, TIME_CHANNELS), nn.SiLU(), nn.Linear(TIME_CHANNELS, 6 * config.hidden_size)
-        )
+        config = attention_of(layer).config  # not copied, so that a model and its velocity attend in the same way
+        self.layer = copy.deepcopy(layer, {id(config): config}).requires_grad_(True)
+        hidden = layer.input_layernorm.weight.numel()
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, TIME_CHANNELS), nn.SiLU(), nn.Linear(TIME_CHANNELS, 6 * hidden))
         nn.init.zeros_(self.time_mlp[-1].weight)
         nn.init.zeros_(self.time_mlp[-1].bias)
-        self.known, self.known_for = {}, None  # time vectors at inference, and the weights that gave them
-
-    def time_vectors(self, t):
-        """The six vectors of time t in one, (6 * hidden,) or (batch, 1, 6 * hidden)."""
-
-        def vectors():
-            angles = t * self.frequencies  # (channels / 2,), or (batch, 1, channels / 2)
-            return self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
-
-        weights = list(self.time_mlp.parameters())
-        if torch.is_tensor(t) or any(weight.requires_grad for weight in weights):
-            return vectors()
-        # At inference the same few times come with every token: a frozen block keeps their vectors, until other weights
-        # are loaded. (An optimizer may change weights without counting it as a new version, so no other block does.)
-        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(weights[0].device.type)
-        known_for = [modes, *((weight.data_ptr(), weight._version) for weight in weights)]
-        if self.known_for != known_for:
-            self.known, self.known_for = {}, known_for
-        if t not in self.known:
-            self.known[t] = vectors()
-        return self.known[t]
 
     def forward(self, x, t, **context):
         """The velocity at state x and time t, (batch, seq, hidden).
 
-        x: (batch, seq, hidden). t: a number, or a tensor (batch, 1, 1) with a time for each sequence.
-        context: what the teacher's attention wants beside x: attention_mask, position_embeddings, a cache.
+        x: (batch, seq, hidden). t: a number, or (batch, 1, 1), a time for each sequence. context: what a decoder layer is
+        called with beside x: mask, rotary embedding, cache.
         """
-        # DiT's names: β = shift, γ = 1 + scale, and α = 1 + gate. Each is (hidden,), or (batch, 1, hidden).
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.time_vectors(t).to(x.dtype).chunk(6, dim=-1)
+        frequencies = torch.logspace(0, 1, TIME_CHANNELS // 2, base=FASTEST, dtype=torch.float32, device=x.device)
+        angles = t * frequencies  # (channels / 2,), or (batch, 1, channels / 2)
+        time = torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.time_mlp[0].weight.dtype)
+        # DiT's names: β = shift, γ = 1 + scale, α = 1 + gate. Each is (hidden,), or (batch, 1, hidden).
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.time_mlp(time).to(x.dtype).chunk(6, dim=-1)
 
         layer = self.layer
-        attention, _ = layer.attention(layer.input_layernorm(x) * (1 + scale1) + shift1, **context)
+        attention, _ = attention_of(layer)(layer.input_layernorm(x) * (1 + scale1) + shift1, **context)
         attention = (1 + gate1) * attention
-        # Pythia's layers are parallel. Others of the family feed the attention's result to the MLP.
-        y = x if layer.use_parallel_residual else x + attention
+        y = x if getattr(layer, "use_parallel_residual", False) else x + attention
         mlp = layer.mlp(layer.post_attention_layernorm(y) * (1 + scale2) + shift2)
         return attention + (1 + gate2) * mlp
 
 
-# 2. The solvers. One step carries the state from time t to time s; times are numbers, or (batch, 1, 1) each.
+def attention_of(layer):
+    """A decoder layer's attention: GPT-NeoX has it under one name, Llama, Mistral and Qwen under another."""
+    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+
+
+# 2. The solvers. A step carries the state from time t to time s; times are numbers, or (batch, 1, 1) each.
 
 
 def euler(velocity, x, t, s):
-    """One Euler step from time t to time s (Eq. 4): one evaluation of the velocity, error of order 1."""
+    """One Euler step (Eq. 4), x + d·u(x, t) with d = s - t: one evaluation of the velocity, error of order 1."""
     return x + (s - t) * velocity(x, t)
 
 
 def midpoint(velocity, x, t, s):
-    """One midpoint step from time t to time s (Eq. 5): two evaluations of the velocity, error of order 2."""
+    """One midpoint step (Eq. 5), x + d·u(x + d/2·u(x, t), t + d/2): two evaluations of the velocity, error of order 2."""
     d = s - t
     halfway = x + d / 2 * velocity(x, t)
     return x + d * velocity(halfway, t + d / 2)
@@ -135,575 +105,330 @@ EVALUATIONS = {"euler": 1, "midpoint": 2}  # of the velocity, in a step
 
 
 def integrate(velocity, x, times, solver="midpoint"):
-    """Walk the state x through a list of times, each step starting where the last one landed.
-
-    Inference (Alg. 3) walks `even_times(k)`; Flow Walking (Alg. 2) walks random times.
-    """
+    """Walk the state x through a list of times, each step starting where the last one landed (Alg. 2 and 3)."""
     for t, s in itertools.pairwise(times):
         x = SOLVERS[solver](velocity, x, t, s)
     return x
 
 
-def even_times(steps):
-    """The times 0, 1/steps, …, 1 of an inference in `steps` equal steps (Alg. 3)."""
-    return [i / steps for i in range(steps + 1)]
+# 3. The flow in the place of its span
 
 
-# 3. The layer that stands where the span stood
+class FlowLayer(GradientCheckpointingLayer):
+    """Carries x0 to x1 in k equal steps (Alg. 3); it is called like the decoder layers that it replaces.
 
-
-class CacheSlot:
-    """A view of a transformers KV cache that puts whatever is written into one given slot."""
-
-    def __init__(self, cache, slot):
-        self.cache, self.slot = cache, slot
-
-    def update(self, keys, values, layer_idx):
-        return self.cache.update(keys, values, self.slot)
-
-
-class FlowLayer(nn.Module):
-    """Carries the state entering layer `start` to the state entering layer `end`, in `steps` equal steps of `solver`.
-
-    It is called like a decoder layer. The velocity is evaluated several times a token, with other keys and values each
-    time, so each evaluation has a slot of its own in the KV cache: those of the layers that the flow replaces.
+    Each evaluation of the velocity has keys and values of its own, so each attention in the velocity takes a slot of the KV
+    cache for each evaluation, of those that the replaced layers leave. Raises InputError where they leave too few.
     """
 
-    def __init__(self, velocity, start, end, solver, steps):
+    def __init__(self, velocity, start, end, solver="midpoint", k=3):
         super().__init__()
-        self.velocity, self.start, self.end = velocity, start, end
-        self.set(solver, steps)
+        self.velocity, self.start, self.end, self.solver, self.k = velocity, start, end, solver, k
 
-    def set(self, solver, steps):
-        """Choose how to integrate; raises InputError unless it is a solver of SOLVERS and at least one step."""
-        if solver not in SOLVERS or not steps >= 1:
-            raise InputError(f"{solver} x{steps} is no way to integrate: give {' or '.join(SOLVERS)} and at least 1 step")
-        self.solver, self.steps = solver, steps
-        self.evaluations = steps * EVALUATIONS[solver]  # of the velocity
-        self.can_cache = self.evaluations <= self.end - self.start
+    @property
+    def evaluations(self):
+        return self.k * EVALUATIONS[self.solver]
 
-    def forward(self, x, layer_past=None, **context):
-        slots = iter(range(self.start, self.end))
-        if layer_past is not None and not self.can_cache:
+    def forward(self, x, **context):
+        attentions = [module for module in self.velocity.modules() if hasattr(module, "layer_idx")]
+        cached = context.get("past_key_values", context.get("layer_past")) is not None
+        if cached and self.evaluations * len(attentions) > self.end - self.start:
             raise InputError(
-                f"{self.solver} x{self.steps} evaluates the velocity {self.evaluations} times and the replaced layers leave "
-                f"{self.end - self.start} cache slots: take fewer steps, or call the model with use_cache=False"
+                f"{self.solver} x{self.k} needs {self.evaluations * len(attentions)} cache slots, and the {self.end - self.start} "
+                "replaced layers leave one each: take fewer steps k, or call the model with use_cache=False"
             )
+        slots = itertools.count(self.start)
 
         def velocity(x, t):
-            cache = None if layer_past is None else CacheSlot(layer_past, next(slots))
-            return self.velocity(x, t, layer_past=cache, **context)
+            for attention in attentions:
+                attention.layer_idx = next(slots)  # where the attention puts its keys and values
+            return self.velocity(x, t, **context)
 
-        return integrate(velocity, x, even_times(self.steps), self.solver)
+        return integrate(velocity, x, [i / self.k for i in range(self.k + 1)], self.solver)
 
 
-# 4. The teacher and its hidden states
+def backbone(model):
+    """The part of a causal LM between ids and logits: embedding, `layers`, final norm."""
+    return model.get_decoder()
 
+
+def final_norm(model):
+    """The norm between a causal LM's last layer and its head."""
+    return backbone(model).final_layer_norm if hasattr(backbone(model), "final_layer_norm") else backbone(model).norm
+
+
+def replace_span(teacher, start, end, layer=None):
+    """The teacher with layers [start, end) replaced by one layer, or by nothing; a model of its own with the teacher's weights.
+
+    The weights are shared, so whoever trains the one trains the other too; settings are not. layer: a FlowLayer, or any
+    module that is called like a decoder layer. Raises InputError unless 0 <= start < end <= the number of layers.
+    """
+    number = len(backbone(teacher).layers)
+    if not 0 <= start < end <= number:
+        raise InputError(
+            f"{start} to {end} is no span of this teacher's {number} layers: give 0 <= start < end <= {number} (the end is not "
+            "replaced: 6 to 18 means layers 6..17)"
+        )
+    weights = itertools.chain(teacher.parameters(), layer.parameters() if layer is not None else ())
+    model, layer = copy.deepcopy((teacher, layer), {id(weight): weight for weight in weights})
+    layers = backbone(model).layers
+    for depth, kept in enumerate(layers):
+        kept.depth = depth  # in the teacher
+    backbone(model).layers = nn.ModuleList([*layers[:start], *([] if layer is None else [layer]), *layers[end:]])
+    if layer is None:  # a shorter model of the same kind, whose layers count their cache slots anew
+        model.config.num_hidden_layers = number - (end - start)
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[: number - (end - start)]
+        for slot, kept in enumerate(backbone(model).layers):
+            attention_of(kept).layer_idx = slot
+    return model
+
+
+# 4. The training pair
+
+
+@contextlib.contextmanager
+def record_inputs(*modules):
+    """Within the block, the list that this yields gets (state, context) of each call of the modules, in the order of calls."""
+    calls = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, context: calls.append((args[0], context)), with_kwargs=True)
+        for module in modules
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def hidden_pair(trunk, ids, start):
+    """The training pair of a span: the states x0 entering layer `start` and x1 entering layer `end`, for the same tokens.
+
+    trunk: the teacher's layers [0, end), a model (see `trunk_of`). ids: (batch, seq), without padding. Returns x0 and x1, both
+    (batch, seq, hidden), and the context that the teacher itself calls layer `start` with, a dict, to call the velocity with.
+    """
+    with record_inputs(backbone(trunk).layers[start], final_norm(trunk)) as calls:
+        backbone(trunk)(ids, use_cache=False)
+    (x0, context), (x1, _) = calls
+    return x0, x1, context
+
+
+def trunk_of(teacher, end):
+    """The teacher without the layers from `end` on, as a model: x1 is what enters its final norm."""
+    number = len(backbone(teacher).layers)
+    return teacher if end == number else replace_span(teacher, end, number)
+
+
+# 5. The teacher
 
 TINY_TEACHER = "tiny_teacher"  # the embedded teacher, in the folder of that name beside this file
 
 
 def load_teacher(name, device="cpu"):
-    """Load a GPT-NeoX teacher, frozen, in float32 whatever its files hold, and its tokenizer.
+    """Load a teacher, frozen, in float32 whatever its files hold, and its tokenizer.
 
-    name: "tiny_teacher", a folder, or a model on the hub such as "EleutherAI/pythia-410m".
-    Raises InputError if there is no such model, if it is not a GPT-NeoX, or if it lacks weights or a tokenizer.
+    name: "tiny_teacher", a folder, a .gguf file, or a model on the hub such as "EleutherAI/pythia-410m".
+    Raises InputError if there is no such model, if it lacks weights or a tokenizer, or if VelocityBlock is no layer of its.
     """
-    path = Path(__file__).parent / name if name == TINY_TEACHER else name
+    path = Path(__file__).parent / name if name == TINY_TEACHER else Path(name)
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    folder = str(path.parent if gguf else path)
     try:
-        family = AutoConfig.from_pretrained(path).model_type
-        if family != "gpt_neox":
-            raise InputError(f"teacher {name} is a {family} model: give a GPT-NeoX, such as EleutherAI/pythia-410m")
-        teacher, report = GPTNeoXForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        teacher, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **(gguf or {"use_safetensors": True})
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(
-            f"no teacher at {name}: it is neither a folder with a whole transformers model in safetensors nor such a model "
-            f"on a hub that can be reached; correct it, or use --teacher {TINY_TEACHER} ({first_line(error)})"
+            f"no teacher at {name}: it is no folder, .gguf file or model on a hub in reach that transformers can load from "
+            f"safetensors; correct it, or use --teacher {TINY_TEACHER} ({first_line(error)})"
         ) from error
     if report["missing_keys"]:  # transformers would make them up
         raise InputError(f"teacher {name} lacks {len(report['missing_keys'])} of its weights: give a whole model")
     if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None or len(tokenizer) > teacher.config.vocab_size:
         raise InputError(f"teacher {name} has no tokenizer that fits it: put the tokenizer's files into its folder")
-    teacher.config.use_cache = True  # unless asked otherwise, whatever its files say
-    return teacher.requires_grad_(False).eval().to(device), tokenizer
-
-
-def layer_range(start, end):
-    """How every message names a span: by the first and the last layer that it replaces, "6..17" for 6 -> 18."""
-    return f"{start}..{end - 1}"
-
-
-def check_span(teacher, start, end):
-    """Raise InputError unless 0 <= start < end <= the teacher's number of layers."""
-    layers = teacher.config.num_hidden_layers
-    if not 0 <= start < end <= layers:
+    teacher = teacher.requires_grad_(False).eval().to(device)
+    if not fits(teacher):
         raise InputError(
-            f"{start} to {end} is no span of this teacher's {layers} layers: give 0 <= start < end <= {layers} (the end is "
-            f"not replaced: 6 to 18 means layers {layer_range(6, 18)})"
+            f"teacher {name} is a {teacher.config.model_type} model, whose layers VelocityBlock does not rebuild: give a GPT-NeoX "
+            "(Pythia), Llama, Mistral, Qwen2 or Qwen3 whose layers all attend alike"
         )
-
-
-@torch.compiler.disable  # compiled, the mask would be made in full, and attention could not take its fast causal path
-def embed(model, ids):
-    """The state entering layer 0, (batch, seq, hidden), and the context that every layer is called with, a dict.
-
-    ids: (batch, seq), full sequences without padding.
-    """
-    x = model.gpt_neox.embed_in(ids)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    mask = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None)
-    return x, {"attention_mask": mask, "position_embeddings": model.gpt_neox.rotary_emb(x, positions)}
-
-
-def run_layers(model, x, start, end, context):
-    """Carry the state entering layer `start` through layers [start, end)."""
-    for layer in model.gpt_neox.layers[start:end]:
-        x = layer(x, **context)
-    return x
+    return teacher, tokenizer
 
 
 @torch.no_grad()
-def hidden_pair(teacher, ids, start, end):
-    """The training pair for a span: the states x0 entering layer `start` and x1 entering layer `end`.
-
-    Only layers [0, end) run. If the span ends the model, x1 is the state before the final norm. Returns x0, x1, both
-    (batch, seq, hidden), and the context to call the velocity with.
-    """
-    x, context = embed(teacher, ids)
-    x0 = run_layers(teacher, x, 0, start, context)
-    x1 = run_layers(teacher, x0, start, end, context)
-    return x0, x1, context
-
-
-# 5. Text
-
-
-def is_held_out(name):
-    """Whether a file of the standard library is among the 1 in 20 that are never trained on, by a hash of its path."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
-
-
-def stdlib_documents(split):
-    """Yield the source files of the running Python's standard library, tests left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if not any(part in ("site-packages", "test", "tests") or part.endswith("_test") for part in name.parts):
-            if is_held_out(name.as_posix()) == (split == "held-out"):
-                yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def file_documents(pattern, split):
-    """Yield the text files that a path or a glob names; the last twentieth of each is its held-out part."""
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
-        raise InputError(f"no file is named by {pattern}: give a text file, or a glob such as 'books/*.txt'")
-    for path in paths:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-        cut = len(text) * 19 // 20
-        yield text[cut:] if split == "held-out" else text[:cut]
-
-
-# For each of our splits, the hub's splits that serve, the best first, and their files.
-HUB_SPLITS = {"train": {"train": "train*"}, "held-out": {"validation": "val*", "test": "test*"}}
-
-
-def hub_split(name, split):
-    """The rows of a hub data set, streamed: its training split, or its validation or else its test split, or None."""
-    splits = load_dataset(name, streaming=True)
-    for key in HUB_SPLITS[split]:
-        if key in splits:
-            return splits[key]
-    for key, files in HUB_SPLITS[split].items():  # a folder train/ hides the files beside it, as in the Pile's data set
-        try:
-            return load_dataset(name, data_files={key: files}, split=key, streaming=True)
-        except FileNotFoundError:
-            continue
-    return None
-
-
-def hub_documents(name, split, place=None, rank=0, processes=1):
-    """Yield the column "text" of a hub data set, or of a folder laid out like one, streamed.
-
-    place: a dict that keeps, under "rows", how far the reading is; what it holds at the start is gone on from. rank,
-    processes: each of several processes reads rows of its own.
-    """
-    place = {} if place is None else place
+def fits(teacher):
+    """Whether x + u(x, t) is a layer of this teacher, and its layers all attend alike; tried on a few tokens."""
+    if len(set(getattr(teacher.config, "layer_types", None) or [None])) > 1:
+        return False
     try:
-        rows = hub_split(name, split)
-        if rows is None:
-            raise InputError(f"data set {name} has no {' or '.join(HUB_SPLITS[split])} split: use another")
-        rows = split_dataset_by_node(rows, rank, processes)
-        if "rows" in place:
-            rows.load_state_dict(place["rows"])
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise InputError(f'data set {name} has no text in a column "text", only {", ".join(row)}: use another')
-            place["rows"] = rows.state_dict()
-            yield row["text"]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"no text at {name}: it is neither a file here nor a data set, on the hub or in a folder, that can be reached and "
-            f"read; correct the name, or use --data stdlib ({first_line(error)})"
-        ) from error
+        last = len(backbone(teacher).layers) - 1
+        x0, x1, context = hidden_pair(teacher, torch.arange(8, device=teacher.device)[None], last)
+        velocity = VelocityBlock(backbone(teacher).layers[last]).to(teacher.device)
+        error = x0 + velocity(x0, 0.0, **context) - x1
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return bool(error.norm() <= 1e-4 * (x1 - x0).norm())
 
 
-def is_local(data):
-    """Whether `data` names text files on this machine, and not a data set, on the hub or in a folder."""
-    return data == "stdlib" or os.path.isfile(data) or any(sign in data for sign in "*?[")
-
-
-def documents(data, split):
-    """Yield the texts of one pass over `data`: "stdlib", a path or glob of text files, or a data set.
-
-    split: "train" or "held-out", which share no text. Raises InputError if there is no such data set.
-    """
-    if data == "stdlib":
-        return stdlib_documents(split)
-    return file_documents(data, split) if is_local(data) else hub_documents(data, split)
-
-
-def token_sequences(documents, tokenizer, seq_len):
-    """Join documents, each closed by the end-of-text token, and yield full sequences, (seq_len,) each."""
-    tokens = []
-    for text in documents:
-        tokens += tokenizer(text, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        full = len(tokens) // seq_len * seq_len
-        yield from torch.tensor(tokens[:full], dtype=torch.long).view(-1, seq_len)
-        tokens = tokens[full:]
-
-
-def text_sequences(data, split, tokenizer, seq_len):
-    """One pass over `data`, cut into sequences of seq_len tokens; raises InputError if there is not one of them."""
-    sequences = token_sequences(documents(data, split), tokenizer, seq_len)
-    first = next(sequences, None)
-    if first is None:
-        raise InputError(
-            f"data {data} holds less than one {split} sequence of {seq_len} tokens: give more text, or a smaller "
-            "--seq-len (of local files, the last twentieth of each is held out)"
-        )
-    return itertools.chain([first], sequences)
-
-
-def evenly(items, n):
-    """n of the items, or all, at even distances."""
-    return [items[i] for i in torch.linspace(0, len(items) - 1, min(n, len(items))).long()]
-
-
-VALIDATION_TOKENS = 16_384
-
-
-def held_out_tokens(data, tokenizer, seq_len, tokens=None):
-    """Held-out tokens of `data` in full sequences, one at least: (sequences, seq_len).
-
-    tokens: how many for a test, which shares no sequence with validation; None: the VALIDATION_TOKENS that training scores
-    itself on, and that a recipe may be chosen by. Of local text both are spread over the whole held-out part; of a streamed
-    data set every other sequence is for validation, from the front. Raises InputError if nothing is left for a test.
-    """
-    test = tokens is not None
-    wanted = max(1, (tokens if test else VALIDATION_TOKENS) // seq_len)
-    sequences = text_sequences(data, "held-out", tokenizer, seq_len)
-    if is_local(data):
-        sequences = list(sequences)
-        numbers = range(len(sequences))
-        validation = evenly(numbers, max(1, min(VALIDATION_TOKENS // seq_len, len(sequences) // 2)))  # half at most
-        others = sorted(set(numbers) - set(validation))
-        sequences = [sequences[number] for number in (evenly(others, wanted) if test else validation)]
-    else:
-        sequences = list(itertools.islice(sequences, int(test), 2 * wanted, 2))
-    if not sequences:
-        raise InputError(f"data {data} holds one held-out sequence of {seq_len} tokens, which is for validation: give more text")
-    return torch.stack(sequences)
-
-
-def local_batches(data, tokenizer, batch_size, seq_len, seed, state, rank, processes):
-    """The training batches of local text, held in memory: its sequences in a new order each pass."""
-    sequences = torch.stack(list(text_sequences(data, "train", tokenizer, seq_len)))
-
-    @functools.lru_cache(maxsize=2)
-    def order(n):  # of the n-th pass
-        return torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed + 1_000_003 * n))
-
-    while True:
-        first = state.get("taken", 0) + rank * batch_size
-        state["taken"] = state.get("taken", 0) + processes * batch_size  # sequences, by all processes
-        yield torch.stack([sequences[order(i // len(sequences))[i % len(sequences)]] for i in range(first, first + batch_size)])
-
-
-def streamed_batches(data, tokenizer, batch_size, seq_len, seed, state, rank, processes):
-    """The training batches of a data set, streamed in the order it has there; the seed changes nothing."""
-    wanted, place, tokens = batch_size * seq_len, {"rows": state["rows"]} if state else {}, state.get("tokens", [])
-    documents = hub_documents(data, "train", place, rank, processes)
-    while True:
-        while len(tokens) < wanted:
-            texts = list(itertools.islice(documents, 64))  # a few at a time: the tokenizer takes them in parallel
-            if texts:
-                ids = tokenizer(texts, verbose=False)["input_ids"]
-                tokens = tokens + [token for document in ids for token in (*document, tokenizer.eos_token_id)]
-            elif place:  # the end of a pass
-                place.clear()
-                documents = hub_documents(data, "train", place, rank, processes)
-            else:
-                raise InputError(f"data set {data} has fewer rows than there are processes: start fewer, or use another")
-        batch, tokens = tokens[:wanted], tokens[wanted:]
-        state.update(rows=place["rows"], tokens=tokens)
-        yield torch.tensor(batch).view(batch_size, seq_len)
-
-
-def token_batches(data, tokenizer, batch_size, seq_len, seed, state=None, rank=0, processes=1):
-    """Training batches (batch, seq) without end, one pass over `data` after another.
-
-    state: a dict that says where in the text the last batch ended; one that was saved is gone on from. rank, processes: each
-    of several processes has its own part of the text. Raises InputError if there is not one sequence of text.
-    """
-    next(text_sequences(data, "train", tokenizer, seq_len))  # now, and not when the first batch is taken
-    batches = local_batches if is_local(data) else streamed_batches
-    return batches(data, tokenizer, batch_size, seq_len, seed, {} if state is None else state, rank, processes)
-
-
-# 6. Saving and loading a flow: a folder with flow.safetensors, the velocity's weights, and flow.json, what they are for
-
-
-FORMAT = 1
-
-
-def fingerprint(teacher):
-    """A hash of the teacher's weights, so that a flow is never put into another model than its own."""
+def fingerprint(module):
+    """A hash of a module's weights, to tell one teacher or one flow from another."""
     digest = hashlib.sha256()
-    for weight in teacher.parameters():
+    for weight in module.parameters():
         digest.update(weight.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
-def describe_teacher(teacher):
-    """What a flow's flow.json says of its teacher, and what is compared when the flow is loaded."""
-    config = teacher.config
-    return {
-        "family": config.model_type, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-        "fingerprint": fingerprint(teacher),
-    }  # fmt: skip
+# 6. The student
 
 
-def made_for(info):
-    """What the weights file says of itself, so that it is never read with the flow.json of another run."""
-    return f"{info['teacher_is']['fingerprint']} {info['start']} {info['end']}"
+class LFTConfig(PreTrainedConfig):
+    """What a student is.
 
-
-def flush(path):
-    """Have the disk hold what was written to a file or folder, before anything later."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_whole(path, write):
-    """Write a file whole or not at all, wherever the process or the machine stops: write(path) gets a temporary name.
-
-    Raises InputError if it cannot be written; what was there before is there still.
+    text_config: the teacher's configuration, a dict. start, end: the span. solver, k: how the flow is integrated; both may be changed
+    at any time. teacher, fingerprint: the teacher's name and the hash of its weights. velocity: the name of the class. training:
+    the options, and the tokens, that it was trained with.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        flush(part)
-        os.replace(part, path)
-        flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written, and is as it was: make room, or give another folder ({first_line(error)})") from error
+
+    model_type = "lft"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self, text_config=None, start=0, end=1, solver="midpoint", k=3, teacher=None, fingerprint=None, velocity=None,
+        training=None, **kwargs,
+    ):  # fmt: skip
+        self.text_config = AutoConfig.for_model(**text_config) if text_config else None
+        self.start, self.end, self.solver, self.k = start, end, solver, k
+        self.teacher, self.fingerprint, self.velocity, self.training = teacher, fingerprint, velocity, training or {}
+        super().__init__(**kwargs)
 
 
-def save_flow(folder, velocity, info):
-    """Write flow.safetensors and flow.json into `folder`, each whole or not at all.
+class LFTForCausalLM(PreTrainedModel, GenerationMixin):
+    """The student: a causal LM of transformers, whose saved folder carries this file and loads wherever transformers does.
 
-    info: a dict of at least "teacher" (its name), "teacher_is" (describe_teacher), "start", "end", "solver", "steps",
-    "data" and "seq_len".
+    teacher: the model whose layers, weights and all, stand outside the span; None: layers that `from_pretrained` fills.
     """
-    weights, metadata = velocity.state_dict(), {"made_for": made_for(info)}
-    write_whole(Path(folder) / "flow.safetensors", lambda path: save_file(weights, path, metadata))
-    write_whole(Path(folder) / "flow.json", lambda path: path.write_text(json.dumps({"format": FORMAT, **info}, indent=2) + "\n"))
 
+    config_class = LFTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-def read_info(folder):
-    """What flow.json in `folder` says; raises InputError if there is no run there, or one cut short."""
-    try:
-        info = json.loads((Path(folder) / "flow.json").read_text())
-        if info["format"] != FORMAT:
-            raise InputError(f"run {folder} has format {info['format']}, and this code reads {FORMAT}: train it anew")
-        return {key: info[key] for key in ("teacher", "teacher_is", "start", "end", "solver", "steps", "data", "seq_len")} | info
-    except OSError as error:
-        raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the flow.json of run {folder} is damaged or cut short: train it anew") from error
+    def __init__(self, config, teacher=None):
+        super().__init__(config)
+        teacher = AutoModelForCausalLM.from_config(config.text_config) if teacher is None else teacher
+        flow = FlowLayer(VelocityBlock(backbone(teacher).layers[config.start]), config.start, config.end)
+        self.model = replace_span(teacher, config.start, config.end, flow)
+        self.config.text_config = self.model.config
+        self.post_init()
 
-
-def read_curve(folder):
-    """The (training tokens, held-out KL) that a run's log.jsonl holds, a list; raises InputError if there are none."""
-    try:
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        curve = [(line["tokens"], line["held_out_kl"]) for line in log if "held_out_kl" in line]
-        if not curve:
-            raise ValueError("no line has one")
-        return curve
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the log.jsonl of run {folder} holds no held-out KL ({first_line(error)}): train it to its end") from error
-
-
-def load_flow(folder, teacher):
-    """Load a saved flow for this teacher: its VelocityBlock, on the teacher's device, and its info.
-
-    Raises InputError if the run is missing or cut short, or was trained on another teacher.
-    """
-    info = read_info(folder)
-    for key, value in describe_teacher(teacher).items():
-        if info["teacher_is"].get(key) != value:
-            raise InputError(
-                f"run {folder} was trained on another teacher, {info['teacher']} as it was then: its {key} is "
-                f"{info['teacher_is'].get(key)} and this one's {value}; give that teacher, or train anew"
-            )
-    check_span(teacher, info["start"], info["end"])
-    velocity = VelocityBlock(teacher.config)
-    try:
-        with safe_open(Path(folder) / "flow.safetensors", "pt") as file:
-            if (file.metadata() or {}).get("made_for") != made_for(info):
-                raise InputError(f"the flow.safetensors and flow.json of run {folder} are of different runs: train it anew")
-            velocity.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"the flow.safetensors of run {folder} is missing, damaged or cut short: train it anew") from error
-    return velocity.requires_grad_(False).eval().to(next(teacher.parameters()).device), info
-
-
-# 7. The student
-
-
-class Student(GPTNeoXForCausalLM):
-    """A GPT-NeoX with a FlowLayer among its layers, made by `replace_span` or `load_student`.
-
-    It is used like any model of transformers: called, generated from, with a KV cache or without.
-    """
+    def init_weights(self):
+        """Nothing to make up: the weights are the teacher's, or about to be loaded."""
+        self.tie_weights()
 
     @property
     def flow(self):
         """The FlowLayer."""
-        return next(layer for layer in self.gpt_neox.layers if isinstance(layer, FlowLayer))
+        return backbone(self).layers[self.config.start]
 
-    def set_flow(self, solver=None, steps=None):
-        """Change how the flow is integrated from now on; None leaves as it is. Raises InputError for fewer than 1 step."""
-        self.flow.set(solver or self.flow.solver, self.flow.steps if steps is None else steps)
-        self.config.use_cache = self.flow.can_cache  # the default of a plain call; generating without a cache is to be asked for
-
-    def save_pretrained(self, folder, **options):
-        """Write the whole student into a folder for `load_student`, which needs no teacher and no hub then.
-
-        transformers' own format would load "successfully", with random layers in the flow's place; so this one has files
-        that transformers does not take for a model. Weights are stored in float16 where that loses nothing.
-        """
-        weights = {name: weight.half() if (weight.half() == weight).all() else weight for name, weight in self.state_dict().items()}
-        weights = {name: weight.contiguous() for name, weight in weights.items()}
-        flow = {"start": self.flow.start, "end": self.flow.end, "solver": self.flow.solver, "steps": self.flow.steps}
-        text = json.dumps({"format": FORMAT, **flow, "config": self.config.to_dict()}, indent=2)
-        write_whole(Path(folder) / "student.safetensors", lambda path: save_file(weights, path))
-        write_whole(Path(folder) / "student.json", lambda path: path.write_text(text))
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
+        use_cache=None, logits_to_keep=0, output_hidden_states=False, **kwargs,
+    ):  # fmt: skip
+        """As any causal LM of transformers. hidden_states: one entering each layer or flow, and the last one after the norm."""
+        self.flow.solver, self.flow.k = self.config.solver, self.config.k
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        if not output_hidden_states:
+            return self.model(input_ids, **kwargs)
+        norm = final_norm(self)  # transformers itself would look for layers of the teacher's class, and miss the flow
+        with record_inputs(*backbone(self).layers, norm) as calls:
+            output = self.model(input_ids, **kwargs)
+        output.hidden_states = (*(x for x, _ in calls[:-1]), norm(calls[-1][0]))
+        return output
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        raise InputError("a student is loaded by lft.load_student(folder)")
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        student, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise InputError(f"{args[0]} lacks weights of a student, or was built by another velocity class: save it anew")
+        return (student, report) if output_loading_info else student
 
 
-def replace_span(teacher, start, end, flow=None):
-    """The student: the teacher with layers [start, end) replaced by a FlowLayer, or by nothing (skipping).
-
-    Returns a GPTNeoXForCausalLM of its own that shares the teacher's weights; the teacher is left as it was.
-    """
-    check_span(teacher, start, end)
-    weights = [*teacher.parameters(), *(flow.parameters() if flow else ())]
-    shared = {id(weight): weight for weight in weights}
-    student, flow = copy.deepcopy((teacher, flow), shared)  # copies the modules but not the weights
-    layers = student.gpt_neox.layers
-    student.gpt_neox.layers = nn.ModuleList([*layers[:start], *([flow] if flow else []), *layers[end:]])
-    if flow:
-        student.__class__ = Student
-        student.set_flow()
-        flow.velocity.layer.attention.config = student.config  # which says how to attend, and so what the mask means
-    else:  # a shorter model of the same kind, whose layers count their cache slots anew
-        student.config.num_hidden_layers = len(student.gpt_neox.layers)
-        for index, layer in enumerate(student.gpt_neox.layers):
-            layer.attention.layer_idx = index
-    return student
+LFTConfig.register_for_auto_class()
+LFTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-def load_student(folder, device="cpu"):
+# 7. Runs: a run's folder holds flow.safetensors, the velocity's weights with the student's configuration in its header
+
+
+def write_whole(path, content):
+    """Write bytes to a file, whole or not at all, wherever the process or the machine stops; raises InputError if it cannot."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written, and is as it was: make room, or give another folder ({error.strerror})") from error
+
+
+def save_flow(folder, student):
+    """Write a student's flow into the folder of its run."""
+    metadata = {"config": student.config.to_json_string(use_diff=False)}
+    write_whole(Path(folder) / "flow.safetensors", save(student.flow.velocity.state_dict(), metadata))
+
+
+def read_run(folder):
+    """The configuration and the velocity's weights that a run holds; raises InputError if there is no run, or one cut short."""
+    path = Path(folder) / "flow.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            return LFTConfig(**json.loads(file.metadata()["config"])), {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path} is damaged or no flow: train it anew ({first_line(error)})") from error
+
+
+def load_student(folder, teacher=None, device="cpu"):
     """Load a student and its tokenizer from a run, or from a folder that the student's own `save_pretrained` wrote.
 
-    Raises InputError if there is neither, or if it is cut short, or if a run's teacher is not to be had.
+    teacher: where the teacher of the run is now; None: where it was in training. The student's weights are its own. Raises
+    InputError if there is neither, if it is cut short, or if the teacher is not the one that the run was trained on.
     """
-    folder = Path(folder)
-    if not (folder / "student.json").exists():
-        info = read_info(folder)
-        teacher, tokenizer = load_teacher(info["teacher"], device)
-        velocity, _ = load_flow(folder, teacher)
-        flow = FlowLayer(velocity, info["start"], info["end"], info["solver"], info["steps"])
-        return replace_span(teacher, info["start"], info["end"], flow), tokenizer
+    if (Path(folder) / "config.json").exists():
+        try:
+            student = LFTForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return student.to(device), AutoTokenizer.from_pretrained(folder, config=student.config)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"the student in {folder} is damaged, or none: save it anew ({first_line(error)})") from error
+    config, weights = read_run(folder)
+    teacher, tokenizer = load_teacher(teacher or config.teacher)
+    if fingerprint(teacher) != config.fingerprint:
+        raise InputError(f"run {folder} was trained on another teacher, {config.teacher} as it was then: give that one by --teacher")
+    student = LFTForCausalLM(config, teacher)
     try:
-        said = json.loads((folder / "student.json").read_text())
-        config = GPTNeoXConfig.from_dict(said["config"])
-        flow = FlowLayer(VelocityBlock(config), said["start"], said["end"], said["solver"], said["steps"])
-        student = replace_span(GPTNeoXForCausalLM(config), said["start"], said["end"], flow)
-        student.load_state_dict(load_file(folder / "student.safetensors"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the student in {folder} is damaged or cut short: save it anew ({first_line(error)})") from error
-    return student.requires_grad_(False).eval().to(device), tokenizer
+        student.flow.velocity.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"run {folder} was built by another velocity class, {config.velocity}: use the code that trained it") from error
+    return student.requires_grad_(True).eval().to(device), tokenizer
 
 
-# 8. What the scripts share
-
-
-def default_seq_len(teacher):
-    """The tokens in a sequence unless asked otherwise: half the teacher's positions."""
-    return teacher.config.max_position_embeddings // 2
-
-
-def check_seq_len(teacher, seq_len, option="--seq-len"):
-    """Raise InputError unless a sequence of seq_len tokens fits the teacher and has a next token to predict."""
-    positions = teacher.config.max_position_embeddings
-    if not 2 <= seq_len <= positions:
-        raise InputError(f"{option} {seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
-
-
-def pick_device(name=None):
-    """The device of that name, "cpu" or "cuda"; None: a CUDA GPU if there is one. Raises InputError if there is none.
-
-    A process that torchrun started has the GPU of its own rank.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise InputError(f"--device {name} is not to be had on this machine: use --device cpu") from error
-    return device
-
-
-def check_positive(args, *options):
-    """Raise InputError if one of these options is given and is not above 0."""
-    for option in options:
-        value = getattr(args, option)
-        if value is not None and not value > 0:
-            raise InputError(f"--{option.replace('_', '-')} {value} is too small: give more than 0")
+def first_line(error):
+    """What another library's error says, in short."""
+    return str(error).strip().split("\n")[0]
 
 
 def run_script(main):
     """Run a script's main function; bad input ends in its one sentence on standard error, and exit status 2."""
     logging.disable_progress_bar()  # what goes wrong while loading is said once, by us
     logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
     try:
         main()
     except InputError as error:

@@ -8,49 +8,46 @@ velocities, and which x0 belongs to which x1 is lost. Flow Walking asks only tha
 the last one landed, ends at the right x1. The training loop is that of train_fm.py.
 """
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 
-from lft import SOLVERS, InputError, check_positive, integrate, run_script
-from train_fm import flow_matching_loss, parse_arguments, read_arguments, train
+from eval_kl import kl_divergence
+from lft import SOLVERS, InputError, integrate, run_script
+from train_fm import flow_matching_loss, make_parser, parse_arguments, train
 
 
-def flow_walking_loss(velocity, x0, x1, steps=3, solver="midpoint", alpha=0.0, logit_weight=0.0, logit_kl=None, by_quarter=None):
-    """Flow Walking (Eq. 8, Alg. 2): walk from x0 through random times to t = 1, and compare with x1.
+def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0):
+    """Flow Walking (Eq. 8, Alg. 2): E‖x̂1 − x1‖², where x̂1 is x0 walked in k steps through times 0 < t1 < … < 1.
 
-    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all `steps` steps. Returns the mean
-    square over all elements. With alpha above 0 it is the hybrid (Eq. 9), L_FW + alpha L_FM; by_quarter: as in flow matching,
-    for the hybrid's share of it. With logit_weight above 0, which is ours, it adds that many times `logit_kl(x1, x1_hat)`, the
-    KL of the logits in nats per token.
+    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all steps; the times are sorted
+    uniforms. Returns the mean over all elements. alpha: above 0 it is the hybrid (Eq. 9), L_FW + α·L_FM. logit_weight: that
+    many times KL(logits(x1) || logits(x̂1)), in nats per token, is added, which is ours.
     """
-    inner = torch.rand(steps - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
+    inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
     loss = F.mse_loss(x1_hat, x1)  # Eq. 8
     if alpha:
-        loss = loss + alpha * flow_matching_loss(velocity, x0, x1, by_quarter=by_quarter)  # Eq. 9
+        loss = loss + alpha * flow_matching_loss(velocity, x0, x1)  # Eq. 9
     if logit_weight:
-        loss = loss + logit_weight * logit_kl(x1, x1_hat)
+        with torch.no_grad():
+            target = logits(x1)
+        loss = loss + logit_weight * kl_divergence(target, logits(x1_hat)).mean()
     return loss
 
 
 def main():
-    parser = parse_arguments(__doc__.splitlines()[0], "fw", 6, 18)
+    parser = make_parser(__doc__.splitlines()[0], "fw", 6, 18)
     add = parser.add_argument
-    add("--steps", type=int, default=3, help="steps of the walk, k (default %(default)s)")
+    add("--k", type=int, default=3, help="steps of the walk (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
     add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
     add("--logit-weight", type=float, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
-    args, saved = read_arguments(parser, "fw")
-    check_positive(args, "steps")
-    weights = {"alpha": args.alpha, "logit_weight": args.logit_weight}
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {weight} is no weight: give 0 or more")
-    walk = {"steps": args.steps, "solver": args.solver}
-    loss_of = functools.partial(flow_walking_loss, **walk, **weights)
-    train(args, saved, "fw", loss_of, **walk, notes=weights, wants_logits=args.logit_weight > 0)
+    args, checkpoint = parse_arguments(parser, "fw")
+    if args.k < 1:
+        raise InputError(f"--k {args.k} is too small: give 1 or more")
+    own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight}
+    train(args, checkpoint, "fw", functools.partial(flow_walking_loss, **own), args.solver, args.k)
 
 
 if __name__ == "__main__":
