@@ -23,13 +23,20 @@ from tqdm import tqdm
 from data import held_out_rows, training_rows
 from lft import (
     EVALUATIONS, SOLVERS, FlowLayer, InputError, backbone, final_norm, fingerprint, hidden_pair, load_student, load_teacher,
-    record_inputs, replace_span, run_script, trunk_of, write_whole,
+    pick_device, record_inputs, replace_span, run_script, trunk_of, write_whole,
 )  # fmt: skip
 
 
-def kl_divergence(logits_p, logits_q):
-    """KL(p || q) = Σ p (log p − log q), p the teacher's next token and q the student's, in nats for each token: (batch, seq)."""
-    log_p, log_q = logits_p.float().log_softmax(dim=-1), logits_q.float().log_softmax(dim=-1)
+def log_probabilities(logits):
+    """The logarithms of the next token's probabilities, in float32 whatever the logits are in."""
+    return logits.float().log_softmax(dim=-1)
+
+
+def kl_divergence(log_p, log_q):
+    """KL(p || q) = Σ p (log p − log q), p the teacher's and q the student's, in nats for each token.
+
+    log_p, log_q: (batch, seq, vocabulary). Returns (batch, seq).
+    """
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -55,15 +62,15 @@ def evaluate(teacher, models, rows, end, title=None):
     for ids in batches:
         ids = ids.to(teacher.device)
         with record_inputs(layer_entered(teacher, end)) as calls:
-            p = teacher(ids, use_cache=False).logits
-        x1, top = calls[0][0], p.argmax(dim=-1)
+            log_p = log_probabilities(teacher(ids, use_cache=False).logits)
+        x1, top = calls[0][0], log_p.argmax(dim=-1)
         for name, model in models.items():
             with record_inputs(layer_entered(model, end)) as calls:
-                q = model(ids, use_cache=False).logits
+                log_q = log_probabilities(model(ids, use_cache=False).logits)
             measures = {
-                "kl": kl_divergence(p, q),
-                "nll": F.cross_entropy(q[:, :-1].mT, ids[:, 1:], reduction="none"),
-                "agreement": (q.argmax(dim=-1) == top).float(),
+                "kl": kl_divergence(log_p, log_q),
+                "nll": -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0],
+                "agreement": (log_q.argmax(dim=-1) == top).float(),
                 "error": (calls[0][0] - x1).square().sum(dim=-1),
                 "norm": x1.square().sum(dim=-1),
             }
@@ -183,25 +190,25 @@ def integrated(student, solver, k):
 
 
 def skips_of(teacher, rows, start, end):
-    """Models that skip 1 to 4 layers: {name: (layers skipped, model)}, and {name: (layers, scores)} of means over placements.
+    """Models that skip 1 to 4 layers: {name: (layers skipped, model)}, and {name: scores} for those that are means over placements.
 
     The best placements are found on every tenth row, and the means are of that tenth.
     """
     layers, models, means = len(backbone(teacher).layers), {}, {}
     placements = [(first, n) for n in SKIPS for first in range(layers - n + 1)]
-    skipping = {place: replace_span(teacher, place[0], sum(place)) for place in placements}
+    skipping = {(first, n): replace_span(teacher, first, first + n) for first, n in placements}
     ranked = evaluate(teacher, skipping, rows[::RANKED_PART], end, "ranking skips")
     for n in SKIPS:
         anywhere = [place for place in placements if place[1] == n]
         inside = [(first, n) for first, _ in anywhere if start <= first and first + n <= end]
-        chosen = {where: min(candidates, key=lambda place: ranked[place]["kl"].mean())
-                  for where, candidates in (("best inside span", inside), ("best anywhere", anywhere)) if candidates}  # fmt: skip
+        for where, candidates in (("best inside span", inside), ("best anywhere", anywhere), ("first of span", inside[:1])):
+            if candidates:
+                first, _ = min(candidates, key=lambda place: ranked[place]["kl"].mean())
+                models[f"skip {n}, {where}"] = (f"{first}..{first + n - 1}", skipping[first, n])
         if inside:
-            chosen["first of span"] = (start, n)
-            scores = [ranked[place] for place in inside]
-            mean = {measure: torch.stack([score[measure] for score in scores]).mean(0) for measure in scores[0]}
-            means[f"skip {n}, mean inside span"] = (f"{n} of {start}..{end - 1}", mean)
-        models |= {f"skip {n}, {where}": (f"{first}..{first + n - 1}", skipping[first, n]) for where, (first, _) in chosen.items()}
+            models[f"skip {n}, mean inside span"] = (f"{n} of {start}..{end - 1}", skipping[inside[0]])
+            measures = ranked[inside[0]]
+            means[f"skip {n}, mean inside span"] = {key: torch.stack([ranked[place][key] for place in inside]).mean(0) for key in measures}
     return models, means
 
 
@@ -222,19 +229,17 @@ def table(teacher, student, rows, documents, linear=None):
         models["linear map"] = (span, replace_span(teacher, start, end, linear))
         skips, means = skips_of(teacher, rows, start, end)
         models |= skips
-    scores = evaluate(teacher, {name: model for name, (_, model) in models.items()}, rows, end, "scoring rows")
+    scores = means | evaluate(teacher, {name: model for name, (_, model) in models.items() if name not in means}, rows, end, "scoring rows")
     timed = {name.split(",")[0]: model for name, (_, model) in models.items()}  # skipping n takes the same time anywhere
     speed = dict(zip(timed, speeds([*timed.values()], rows[:1].to(teacher.device))))
-    result = [
-        {"name": name, "layers_replaced": replaced, "tokens": rows.numel(), "evaluations": model.flow.evaluations if "LFT" in name else 0,
-         **summarize(scores[name], documents), **speed[name.split(",")[0]]}
-        for name, (replaced, model) in models.items()
-    ] + [
-        {"name": name, "layers_replaced": replaced, "tokens": rows[::RANKED_PART].numel(), "evaluations": 0,
-         **summarize(score, documents[::RANKED_PART]), **speed[name.split(",")[0]]}
-        for name, (replaced, score) in means.items()
-    ]  # fmt: skip
-    return sorted(result, key=lambda row: row["name"].startswith("skip") and row["name"].split(",")[0])  # the means among the skips
+    result = []
+    for name, (replaced, model) in models.items():
+        part = slice(None, None, RANKED_PART if name in means else None)
+        result.append({
+            "name": name, "layers_replaced": replaced, "tokens": rows[part].numel(), "evaluations": model.flow.evaluations if name.startswith("LFT") else 0,
+            **summarize(scores[name], documents[part]), **speed[name.split(",")[0]],
+        })  # fmt: skip
+    return result
 
 
 def print_table(table, config):
@@ -281,7 +286,7 @@ def main():
     args = parser.parse_args()
     if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
         raise InputError(f"--json {args.json} is no file in an existing folder: give one")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     student, _ = load_student(args.run, args.teacher, device)
     student.requires_grad_(False)
     config = student.config

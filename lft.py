@@ -420,6 +420,23 @@ def load_student(folder, teacher=None, device="cpu"):
     return student.requires_grad_(True).eval().to(device), tokenizer
 
 
+# 8. What the scripts share
+
+
+def pick_device(name=None):
+    """The device of that name; None: a CUDA GPU if there is one. A process of torchrun gets a GPU of its own.
+
+    Raises InputError if it is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise InputError(f"--device {name} is not there: use --device cpu") from error
+
+
 def first_line(error):
     """What another library's error says, in short."""
     return str(error).strip().split("\n")[0]

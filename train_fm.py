@@ -28,7 +28,7 @@ from data import held_out_rows, training_rows
 from eval_kl import evaluate, summarize
 from lft import (
     TINY_TEACHER, InputError, LFTConfig, LFTForCausalLM, backbone, fingerprint, first_line, hidden_pair, load_teacher,
-    replace_span, run_script, save_flow, trunk_of, write_whole,
+    pick_device, replace_span, run_script, save_flow, trunk_of, write_whole,
 )  # fmt: skip
 
 
@@ -48,6 +48,18 @@ LOG_EVERY = 10  # steps
 VALIDATION_TOKENS = 16_384
 
 
+def one_or_more(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: give 1 or more")
+    return int(text)
+
+
+def above_zero(text):
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
+    return float(text)
+
+
 def make_parser(description, method, start, end):
     """The options that both methods share, with the default span of one."""
     parser = argparse.ArgumentParser(description=description)
@@ -60,12 +72,12 @@ def make_parser(description, method, start, end):
     add("--out", help=f"folder for the run (default runs/{method}-START-END)")
     add("--overwrite", action="store_true", help="replace the run that --out holds (default: refuse)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own options; --max-steps may train it longer")
-    add("--max-steps", type=int, default=2000, help="optimizer steps (default %(default)s)")
-    add("--save-every", type=int, default=250, help="steps between checkpoints, each with a held-out score (default %(default)s)")
-    add("--batch-size", type=int, default=8, help="sequences in a step, of all processes together (default %(default)s)")
-    add("--accumulate", type=int, default=1, help="parts in which a process takes its sequences of a step, to save memory (default %(default)s)")
-    add("--seq-len", type=int, help="tokens in a sequence (default: half the teacher's positions, at most 1024)")
-    add("--lr", type=float, help="peak learning rate (default: 2 / the teacher's width)")
+    add("--max-steps", type=one_or_more, default=2000, help="optimizer steps (default %(default)s)")
+    add("--save-every", type=one_or_more, default=250, help="steps between checkpoints, each with a held-out score (default %(default)s)")
+    add("--batch-size", type=one_or_more, default=8, help="sequences in a step, of all processes together (default %(default)s)")
+    add("--accumulate", type=one_or_more, default=1, help="parts in which a process takes its sequences of a step, to save memory (default %(default)s)")
+    add("--seq-len", type=one_or_more, help="tokens in a sequence (default: half the teacher's positions, at most 1024)")
+    add("--lr", type=above_zero, help="peak learning rate (default: 2 / the teacher's width)")
     add("--seed", type=int, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
@@ -102,11 +114,8 @@ def parse_arguments(parser, method):
     return args, checkpoint
 
 
-def check_arguments(args, method, resumed):
+def check_arguments(args, method, resumed, world_size):
     """Fill in the defaults that depend on the machine, and raise InputError for what cannot be; nothing is written yet."""
-    for name in ("max_steps", "save_every", "batch_size", "accumulate"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small: give 1 or more")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.teacher = args.teacher or (TINY_TEACHER if args.device == "cpu" else "EleutherAI/pythia-410m")
     args.data = args.data or ("stdlib" if args.teacher == TINY_TEACHER else "monology/pile-uncopyrighted")
@@ -114,7 +123,6 @@ def check_arguments(args, method, resumed):
     occupied = any((Path(args.out) / name).exists() for name in ("checkpoint.pt", "flow.safetensors"))
     if occupied and not (args.overwrite or resumed):
         raise InputError(f"{args.out} holds a run already: give another --out, --overwrite to replace it, or --resume {args.out}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world_size * args.accumulate):
         raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world_size} processes x --accumulate {args.accumulate}")
 
@@ -163,18 +171,50 @@ SIGNALS = []  # received
 
 
 def finish_step(number, frame):
-    """On Ctrl-C, or on a cluster's SIGTERM, finish the step and save it; a second one ends at once."""
+    """On Ctrl-C, or on a cluster's SIGTERM, let the loop finish its step and save it; a second one ends at once."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
-def save_run(folder, student, log, checkpoint):
+def make_folder(out):
+    """Make the folder of the run; raises InputError if it cannot be written to."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made a folder ({error.strerror}): give another") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out {out} cannot be written to: give another")
+
+
+def restore(checkpoint, args, config, velocity, optimizers, text, rank, world_size):
+    """Put back what a checkpoint holds; returns the steps done and the log. There is no random state: steps draw from their number."""
+    if checkpoint["fingerprint"] != config.fingerprint or len(checkpoint["text"]) != world_size:
+        raise InputError(f"{args.out} needs {args.teacher} as it was, and {len(checkpoint['text'])} processes, to go on")
+    velocity.load_state_dict(checkpoint["velocity"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    text.load_state_dict(checkpoint["text"][rank])
+    return checkpoint["step"], checkpoint["log"]
+
+
+def save_run(folder, student, checkpoint):
     """Write the student's flow, the log, and all that training needs to go on in one file: each whole or not at all."""
     content = io.BytesIO()
     torch.save(checkpoint, content)
     save_flow(folder, student)
-    write_whole(Path(folder) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    write_whole(Path(folder) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in checkpoint["log"]).encode())
     write_whole(Path(folder) / "checkpoint.pt", content.getbuffer())
+
+
+def prepare(model, device, compiled):
+    """Make a frozen part of the teacher fast; its modules are its own, and the teacher's stay as they are."""
+    for layer in backbone(model).layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and autocast(device)._enabled:  # which would cast the weight at every step, to the same bits
+                module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+        if compiled:
+            layer.forward = torch.compile(layer.forward)
+    return model
 
 
 def logits_after(head, x):
@@ -182,22 +222,31 @@ def logits_after(head, x):
     return head(inputs_embeds=x, use_cache=False).logits
 
 
-def prepare(trunk, head, velocity, device, compiled):
-    """Make the frozen layers fast, and return the velocity to train by.
+def lr_of(args, step):
+    """The learning rate of a step: straight down to 0 at the last, after a short warm-up."""
+    return args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)
 
-    Autocast would cast the frozen matrices at every step: cast once, they give the same bits. The copies that trunk and head
-    are change; the teacher, whose weights they shared, does not.
-    """
-    layers = [*backbone(trunk).layers, *backbone(head).layers]
-    with autocast(device):
-        if torch.is_autocast_enabled(device.type):
-            for module in (module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)):
-                module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
-    if not compiled:
-        return velocity
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
-    return torch.compile(velocity)
+
+def average(tensors, world_size):
+    """Replace tensors by their means over all processes."""
+    for tensor in tensors if world_size > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= world_size
+
+
+def gather(state, world_size):
+    """The states of all processes, a list."""
+    states = [state] * world_size
+    if world_size > 1:
+        dist.all_gather_object(states, state)
+    return states
+
+
+def check_finite(step, out, **figures):
+    """Raise InputError unless all figures are finite: nothing else is ever stepped on or saved."""
+    if not all(map(math.isfinite, figures.values())):
+        said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+        raise InputError(f"step {step} gave {said}: lower --lr; {out} is as it was last saved")
 
 
 def train(args, checkpoint, method, loss_of, solver, k):
@@ -205,12 +254,12 @@ def train(args, checkpoint, method, loss_of, solver, k):
 
     args, checkpoint: as from `parse_arguments`. loss_of: a function of (velocity, x0, x1, logits), where velocity is one of
     (x, t) and logits one of a state entering `end`. solver, k: how the flow is integrated when it is scored. Raises InputError
-    before anything is written, where a loss is not finite, and where a file cannot be written.
+    before anything is written, where a figure is not finite, and where a file cannot be written.
     """
     # 1. Processes, teacher, text
-    check_arguments(args, method, checkpoint)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
+    check_arguments(args, method, checkpoint, world_size)
+    device = pick_device(args.device)
     teacher, tokenizer = load_teacher(args.teacher, device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -221,35 +270,28 @@ def train(args, checkpoint, method, loss_of, solver, k):
     text = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
     validation, _ = held_out_rows(args.data, tokenizer, args.seq_len, VALIDATION_TOKENS)
 
-    # 2. The student, whose velocity is trained; what runs beside it; where a resumed run goes on
+    # 2. The student, whose velocity is trained; the frozen layers before and after it; where a resumed run goes on
     torch.manual_seed(args.seed)
     config = LFTConfig(teacher.config.to_dict(), args.start, args.end, solver, k, args.teacher, fingerprint(teacher))
     student = LFTForCausalLM(config, teacher).eval().to(device)
     velocity = student.flow.velocity
     initialize(velocity, teacher, args)
     optimizers, weights = optimizers_of(velocity, args.lr), list(velocity.parameters())
-    done, log = 0, []
-    if checkpoint:
-        if checkpoint["fingerprint"] != config.fingerprint or len(checkpoint["text"]) != world_size:
-            raise InputError(f"{args.out} needs its teacher, {args.teacher} as it was, and {len(checkpoint['text'])} processes to go on")
-        velocity.load_state_dict(checkpoint["velocity"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        text.load_state_dict(checkpoint["text"][rank])
-        done, log = checkpoint["step"], checkpoint["log"]
-    trunk, head = trunk_of(teacher, args.end), replace_span(teacher, 0, args.end)
-    u, logits = prepare(trunk, head, velocity, device, args.compile), functools.partial(logits_after, head)
+    done, log = restore(checkpoint, args, config, velocity, optimizers, text, rank, world_size) if checkpoint else (0, [])
+    trunk = prepare(trunk_of(teacher, args.end), device, args.compile)
+    head = prepare(replace_span(teacher, 0, args.end), device, args.compile)
+    u = torch.compile(velocity) if args.compile else velocity
 
     # 3. The loop
     if rank == 0:
         say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces layers {args.start}..{args.end - 1}, "
             f"{args.end - args.start} of {teacher.config.num_hidden_layers}")  # fmt: skip
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
     SIGNALS.clear()
     handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
-    rows, tokens = iter(text), args.batch_size * args.seq_len  # of a step
+    rows, tokens, losses = iter(text), args.batch_size * args.seq_len, []  # tokens of a step, losses since the last line of the log
     progress = tqdm(total=args.max_steps * tokens, initial=done * tokens, unit="tok", unit_scale=True, disable=rank > 0)
-    clock, since = time.perf_counter(), done
+    clock = time.perf_counter()
     for step in range(done + 1, args.max_steps + 1):
         torch.manual_seed((args.seed << 32) + step * world_size + rank)  # so that there is no random state to save
         loss = torch.zeros((), device=device)
@@ -257,50 +299,45 @@ def train(args, checkpoint, method, loss_of, solver, k):
             ids = torch.tensor([next(rows)["ids"] for _ in range(args.batch_size // (world_size * args.accumulate))]).to(device)
             with autocast(device):
                 x0, x1, context = hidden_pair(trunk, ids, args.start)
-                part_loss = loss_of(functools.partial(u, **context), x0, x1, logits) / args.accumulate
-            part_loss.backward()
-            loss += part_loss.detach()
+                part = loss_of(functools.partial(u, **context), x0, x1, functools.partial(logits_after, head)) / args.accumulate
+            part.backward()
+            loss += part.detach()
         figures = torch.stack([loss, torch.full_like(loss, len(SIGNALS))])
-        if world_size > 1:  # every process sees the same means, so all decide alike
-            for tensor in (figures, *(weight.grad for weight in weights)):
-                dist.all_reduce(tensor)
-                tensor /= world_size
-        norm = nn.utils.clip_grad_norm_(weights, 1.0)
-        (loss, stop), norm = figures.tolist(), norm.item()
-        if not math.isfinite(loss + norm):  # nothing that is not finite is ever stepped on or saved
-            raise InputError(f"the loss of step {step} is {loss} and its gradient's norm {norm}: lower --lr; {args.out} is as last saved")
-        lr = args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)  # straight down to 0, after a warm-up
+        average([figures, *(weight.grad for weight in weights)], world_size)  # all processes see the same and decide alike
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+        loss, stop = figures.tolist()
+        check_finite(step, args.out, loss=loss, gradient_norm=norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr_of(args, step)
             optimizer.step()
         velocity.zero_grad()
-
+        losses.append(loss)
         saving = step % args.save_every == 0 or step == args.max_steps or stop
         if step % LOG_EVERY and not saving:
             continue
-        speed = (step - since) * tokens / (time.perf_counter() - clock)
-        log.append({"step": step, "tokens": step * tokens, "loss": loss, "lr": lr, "gradient_norm": norm, "tokens_per_second": round(speed)})
-        progress.update((step - since) * tokens)
-        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+        line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "lr": lr_of(args, step), "gradient_norm": norm,
+                "tokens_per_second": round(len(losses) * tokens / (time.perf_counter() - clock))}  # fmt: skip
+        progress.update(len(losses) * tokens)
+        progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         if saving:
-            texts = [text.state_dict()] * world_size
-            if world_size > 1:
-                dist.all_gather_object(texts, text.state_dict())
+            score = summarize(evaluate(teacher, {"student": student}, validation, args.end)["student"])
+            check_finite(step, args.out, held_out_kl=score["kl"])
+            line |= {"held_out_nmse": score["nmse"], "held_out_kl": score["kl"]}
+        log.append(line)
+        if saving:
+            places = gather(text.state_dict(), world_size)  # one process, one place in the text
+            config.training = vars(args) | {"method": method, "tokens": step * tokens}
             if rank == 0:
-                score = summarize(evaluate(teacher, {"student": student}, validation, args.end)["student"])
-                if not math.isfinite(score["kl"]):
-                    raise InputError(f"the held-out KL of step {step} is {score['kl']}: lower --lr; {args.out} is as last saved")
-                log[-1] |= {"held_out_nmse": score["nmse"], "held_out_kl": score["kl"]}
                 say(f"step {step}: held-out NMSE {score['nmse']:.4f}, KL {score['kl']:.4f} nats per token")
-                config.training = vars(args) | {"method": method, "tokens": step * tokens}
-                save_run(args.out, student, log, {
-                    "method": method, "args": vars(args), "fingerprint": config.fingerprint, "step": step, "log": log, "text": texts,
+                save_run(args.out, student, {
+                    "method": method, "args": vars(args), "fingerprint": config.fingerprint, "step": step, "log": log, "text": places,
                     "velocity": velocity.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 })  # fmt: skip
         if stop:
             break
-        clock, since = time.perf_counter(), step
+        losses, clock = [], time.perf_counter()
     progress.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -312,7 +349,7 @@ def train(args, checkpoint, method, loss_of, solver, k):
 
 def main():
     parser = make_parser(__doc__.splitlines()[0], "fm", 6, 12)
-    parser.add_argument("--time-power", type=float, default=1.0, help="times are uniform draws to this power: 1 is the paper's, above it early times come oftener, ours (default %(default)s)")
+    parser.add_argument("--time-power", type=above_zero, default=1.0, help="times are uniform draws to this power: 1 is the paper's, above it early times come oftener, ours (default %(default)s)")
     args, checkpoint = parse_arguments(parser, "fm")
     train(args, checkpoint, "fm", functools.partial(flow_matching_loss, time_power=args.time_power), solver="midpoint", k=1)
 

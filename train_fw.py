@@ -12,9 +12,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from eval_kl import kl_divergence
-from lft import SOLVERS, InputError, integrate, run_script
-from train_fm import flow_matching_loss, make_parser, parse_arguments, train
+from eval_kl import kl_divergence, log_probabilities
+from lft import SOLVERS, integrate, run_script
+from train_fm import flow_matching_loss, make_parser, one_or_more, parse_arguments, train
 
 
 def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0):
@@ -31,21 +31,19 @@ def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alp
         loss = loss + alpha * flow_matching_loss(velocity, x0, x1)  # Eq. 9
     if logit_weight:
         with torch.no_grad():
-            target = logits(x1)
-        loss = loss + logit_weight * kl_divergence(target, logits(x1_hat)).mean()
+            log_p = log_probabilities(logits(x1))
+        loss = loss + logit_weight * kl_divergence(log_p, log_probabilities(logits(x1_hat))).mean()
     return loss
 
 
 def main():
     parser = make_parser(__doc__.splitlines()[0], "fw", 6, 18)
     add = parser.add_argument
-    add("--k", type=int, default=3, help="steps of the walk (default %(default)s)")
+    add("--k", type=one_or_more, default=3, help="steps of the walk (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
     add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
     add("--logit-weight", type=float, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
     args, checkpoint = parse_arguments(parser, "fw")
-    if args.k < 1:
-        raise InputError(f"--k {args.k} is too small: give 1 or more")
     own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight}
     train(args, checkpoint, "fw", functools.partial(flow_walking_loss, **own), args.solver, args.k)
 
