@@ -6,12 +6,16 @@ demo: .venv/installed
 	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 500 --out runs/demo --overwrite
 	.venv/bin/python eval_kl.py runs/demo --tokens 16384
 
-test: .venv/installed
+test: .venv/installed-for-studies
 	.venv/bin/python -m pytest -q test_lft.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-for-studies: .venv/installed studies/requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
 .PHONY: demo test

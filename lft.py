@@ -287,9 +287,9 @@ def fingerprint(module):
 class LFTConfig(PreTrainedConfig):
     """What a student is.
 
-    text_config: the teacher's configuration, a dict. start, end: the span. solver, k: how the flow is integrated; both may be changed
-    at any time. teacher, fingerprint: the teacher's name and the hash of its weights. velocity: the name of the class. training:
-    the options, and the tokens, that it was trained with.
+    text_config: the teacher's configuration, a dict. start, end: the span. solver, k: how the flow is integrated; both may be
+    changed at any time. teacher, fingerprint: the teacher's name and the hash of its weights. velocity: the name of the class
+    that built it. training: the options and the number of tokens that it was trained with.
     """
 
     model_type = "lft"
@@ -318,8 +318,11 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config, teacher=None):
         super().__init__(config)
+        if config.velocity not in (None, VelocityBlock.__name__):
+            raise InputError(f"this student was built by another velocity class, {config.velocity}: load it with the code that trained it")
+        config.velocity = VelocityBlock.__name__
         teacher = AutoModelForCausalLM.from_config(config.text_config) if teacher is None else teacher
-        flow = FlowLayer(VelocityBlock(backbone(teacher).layers[config.start]), config.start, config.end)
+        flow = FlowLayer(VelocityBlock(backbone(teacher).layers[config.start]), config.start, config.end, config.solver, config.k)
         self.model = replace_span(teacher, config.start, config.end, flow)
         self.config.text_config = self.model.config
         self.post_init()
@@ -353,7 +356,7 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         student, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if report["missing_keys"] or report["mismatched_keys"]:
-            raise InputError(f"{args[0]} lacks weights of a student, or was built by another velocity class: save it anew")
+            raise InputError(f"{args[0]} lacks weights of a student, which transformers would make up: save it anew")
         return (student, report) if output_loading_info else student
 
 
@@ -402,8 +405,11 @@ def load_student(folder, teacher=None, device="cpu"):
     teacher: where the teacher of the run is now; None: where it was in training. The student's weights are its own. Raises
     InputError if there is neither, if it is cut short, or if the teacher is not the one that the run was trained on.
     """
+    code = Path(folder) / "lft.py"
     if (Path(folder) / "config.json").exists():
         try:
+            if code.exists() and code.read_bytes() != Path(__file__).read_bytes():
+                print(f"{code} differs from {__file__}, which is used", file=sys.stderr)
             student = LFTForCausalLM.from_pretrained(folder, dtype=torch.float32)
             return student.to(device), AutoTokenizer.from_pretrained(folder, config=student.config)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
@@ -416,7 +422,7 @@ def load_student(folder, teacher=None, device="cpu"):
     try:
         student.flow.velocity.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"run {folder} was built by another velocity class, {config.velocity}: use the code that trained it") from error
+        raise InputError(f"run {folder} was built by another velocity class of the same name: use the code that trained it") from error
     return student.requires_grad_(True).eval().to(device), tokenizer
 
 

@@ -127,6 +127,15 @@ def check_arguments(args, method, resumed, world_size):
         raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world_size} processes x --accumulate {args.accumulate}")
 
 
+def fit_arguments(args, teacher):
+    """Fill in the defaults that depend on the teacher; raises InputError if it has no such positions."""
+    positions = teacher.config.max_position_embeddings
+    args.seq_len = args.seq_len or min(1024, positions // 2)
+    args.lr = args.lr or 2 / teacher.config.hidden_size
+    if not 2 <= args.seq_len <= positions:
+        raise InputError(f"--seq-len {args.seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
+
+
 def initialize(velocity, teacher, args):
     """Start the velocity's layer from the teacher's layer that --init names, or from random weights."""
     layers = backbone(teacher).layers
@@ -158,11 +167,12 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def say(text):
-    """Print a line above the progress bar; training goes on where nobody reads it any more (`| head -1`)."""
+def say(text, rank):
+    """Print a line above the first process' progress bar; training goes on where nobody reads it any more (`| head -1`)."""
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
+        if rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
@@ -222,9 +232,13 @@ def logits_after(head, x):
     return head(inputs_embeds=x, use_cache=False).logits
 
 
-def lr_of(args, step):
-    """The learning rate of a step: straight down to 0 at the last, after a short warm-up."""
-    return args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)
+def step_all(optimizers, lr):
+    """Take a step with this learning rate, and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def average(tensors, world_size):
@@ -265,8 +279,7 @@ def train(args, checkpoint, method, loss_of, solver, k):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.compile and device.type == "cpu":
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses
-    args.seq_len = args.seq_len or min(1024, teacher.config.max_position_embeddings // 2)
-    args.lr = args.lr or 2 / teacher.config.hidden_size
+    fit_arguments(args, teacher)
     text = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
     validation, _ = held_out_rows(args.data, tokenizer, args.seq_len, VALIDATION_TOKENS)
 
@@ -283,10 +296,9 @@ def train(args, checkpoint, method, loss_of, solver, k):
     u = torch.compile(velocity) if args.compile else velocity
 
     # 3. The loop
-    if rank == 0:
-        say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces layers {args.start}..{args.end - 1}, "
-            f"{args.end - args.start} of {teacher.config.num_hidden_layers}")  # fmt: skip
-        make_folder(args.out)
+    make_folder(args.out)
+    span = f"layers {args.start}..{args.end - 1}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
+    say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces {span}", rank)
     SIGNALS.clear()
     handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
     rows, tokens, losses = iter(text), args.batch_size * args.seq_len, []  # tokens of a step, losses since the last line of the log
@@ -307,17 +319,14 @@ def train(args, checkpoint, method, loss_of, solver, k):
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         loss, stop = figures.tolist()
         check_finite(step, args.out, loss=loss, gradient_norm=norm)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_of(args, step)
-            optimizer.step()
-        velocity.zero_grad()
+        lr = args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)  # straight down to 0, after a short warm-up
+        step_all(optimizers, lr)
         losses.append(loss)
         saving = step % args.save_every == 0 or step == args.max_steps or stop
         if step % LOG_EVERY and not saving:
             continue
 
-        line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "lr": lr_of(args, step), "gradient_norm": norm,
+        line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "lr": lr, "gradient_norm": norm,
                 "tokens_per_second": round(len(losses) * tokens / (time.perf_counter() - clock))}  # fmt: skip
         progress.update(len(losses) * tokens)
         progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
@@ -329,8 +338,8 @@ def train(args, checkpoint, method, loss_of, solver, k):
         if saving:
             places = gather(text.state_dict(), world_size)  # one process, one place in the text
             config.training = vars(args) | {"method": method, "tokens": step * tokens}
+            say(f"step {step}: held-out NMSE {score['nmse']:.4f}, KL {score['kl']:.4f} nats per token", rank)
             if rank == 0:
-                say(f"step {step}: held-out NMSE {score['nmse']:.4f}, KL {score['kl']:.4f} nats per token")
                 save_run(args.out, student, {
                     "method": method, "args": vars(args), "fingerprint": config.fingerprint, "step": step, "log": log, "text": places,
                     "velocity": velocity.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -343,8 +352,7 @@ def train(args, checkpoint, method, loss_of, solver, k):
         signal.signal(number, handler)
     if world_size > 1:
         dist.destroy_process_group()
-    if rank == 0:
-        say(f"{'interrupted; ' if stop else ''}saved in {args.out}: python eval_kl.py {args.out}")
+    say(f"{'interrupted; ' if stop else ''}saved in {args.out}: python eval_kl.py {args.out}", rank)
 
 
 def main():
