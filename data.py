@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.distributed import split_dataset_by_node
 
-from lft import InputError, first_line
+from lft import UNREADABLE, InputError, first_line
 
 disable_progress_bars()
 
@@ -89,7 +89,7 @@ def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
         rows = rows.map(pack, batched=True, batch_size=batch_size, with_indices=True, remove_columns=["text"], fn_kwargs=options)
         if next(iter(rows), None) is not None:
             return rows
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f'no text at {data}: give "stdlib", text files in UTF-8, or a data set in reach that has a column "text" '
             f"({first_line(error)})"

@@ -30,8 +30,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input, told in one sentence that says what to do; the scripts print it and exit with status 2."""
+
+
+# What libraries raise for files that are missing, damaged, or no such thing.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+
+
+def first_line(error):
+    """What a library's error says, in short."""
+    return str(error).strip().split("\n")[0]
 
 
 # 1. The velocity field
@@ -157,18 +166,23 @@ def final_norm(model):
     return backbone(model).final_layer_norm if hasattr(backbone(model), "final_layer_norm") else backbone(model).norm
 
 
-def replace_span(teacher, start, end, layer=None):
-    """The teacher with layers [start, end) replaced by one layer, or by nothing; a model of its own with the teacher's weights.
-
-    The weights are shared, so whoever trains the one trains the other too; settings are not. layer: a FlowLayer, or any
-    module that is called like a decoder layer. Raises InputError unless 0 <= start < end <= the number of layers.
-    """
-    number = len(backbone(teacher).layers)
+def check_span(model, start, end):
+    """Raise InputError unless 0 <= start < end <= the model's number of layers."""
+    number = len(backbone(model).layers)
     if not 0 <= start < end <= number:
         raise InputError(
             f"{start} to {end} is no span of this teacher's {number} layers: give 0 <= start < end <= {number} (the end is not "
             "replaced: 6 to 18 means layers 6..17)"
         )
+
+
+def replace_span(teacher, start, end, layer=None):
+    """The teacher with layers [start, end) replaced by one layer, or by nothing; a model of its own with the teacher's weights.
+
+    The weights are shared, so whoever trains the one trains the other too; settings are not. layer: a FlowLayer, or any
+    module that is called like a decoder layer. Raises InputError as `check_span` does.
+    """
+    check_span(teacher, start, end)
     weights = itertools.chain(teacher.parameters(), layer.parameters() if layer is not None else ())
     model, layer = copy.deepcopy((teacher, layer), {id(weight): weight for weight in weights})
     layers = backbone(model).layers
@@ -176,9 +190,9 @@ def replace_span(teacher, start, end, layer=None):
         kept.depth = depth  # in the teacher
     backbone(model).layers = nn.ModuleList([*layers[:start], *([] if layer is None else [layer]), *layers[end:]])
     if layer is None:  # a shorter model of the same kind, whose layers count their cache slots anew
-        model.config.num_hidden_layers = number - (end - start)
+        model.config.num_hidden_layers = len(backbone(model).layers)
         if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[: number - (end - start)]
+            model.config.layer_types = model.config.layer_types[: len(backbone(model).layers)]
         for slot, kept in enumerate(backbone(model).layers):
             attention_of(kept).layer_idx = slot
     return model
@@ -240,7 +254,7 @@ def load_teacher(name, device="cpu"):
             folder, dtype=torch.float32, output_loading_info=True, **(gguf or {"use_safetensors": True})
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"no teacher at {name}: it is no folder, .gguf file or model on a hub in reach that transformers can load from "
             f"safetensors; correct it, or use --teacher {TINY_TEACHER} ({first_line(error)})"
@@ -322,6 +336,7 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError(f"this student was built by another velocity class, {config.velocity}: load it with the code that trained it")
         config.velocity = VelocityBlock.__name__
         teacher = AutoModelForCausalLM.from_config(config.text_config) if teacher is None else teacher
+        check_span(teacher, config.start, config.end)
         flow = FlowLayer(VelocityBlock(backbone(teacher).layers[config.start]), config.start, config.end, config.solver, config.k)
         self.model = replace_span(teacher, config.start, config.end, flow)
         self.config.text_config = self.model.config
@@ -368,16 +383,18 @@ LFTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def write_whole(path, content):
-    """Write bytes to a file, whole or not at all, wherever the process or the machine stops; raises InputError if it cannot."""
+    """Write bytes to a file, whole or not at all, wherever the process or the machine stops; raises InputError if that fails."""
     part = Path(f"{path}.part")
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{path} could not be written, and is as it was: make room, or give another folder ({error.strerror})") from error
 
 
@@ -395,7 +412,7 @@ def read_run(folder):
             return LFTConfig(**json.loads(file.metadata()["config"])), {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
         raise InputError(f"no run at {folder}: give a folder that train_fm.py or train_fw.py wrote") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is damaged or no flow: train it anew ({first_line(error)})") from error
 
 
@@ -412,7 +429,7 @@ def load_student(folder, teacher=None, device="cpu"):
                 print(f"{code} differs from {__file__}, which is used", file=sys.stderr)
             student = LFTForCausalLM.from_pretrained(folder, dtype=torch.float32)
             return student.to(device), AutoTokenizer.from_pretrained(folder, config=student.config)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        except UNREADABLE as error:
             raise InputError(f"the student in {folder} is damaged, or none: save it anew ({first_line(error)})") from error
     config, weights = read_run(folder)
     teacher, tokenizer = load_teacher(teacher or config.teacher)
@@ -441,11 +458,6 @@ def pick_device(name=None):
         return device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise InputError(f"--device {name} is not there: use --device cpu") from error
-
-
-def first_line(error):
-    """What another library's error says, in short."""
-    return str(error).strip().split("\n")[0]
 
 
 def run_script(main):

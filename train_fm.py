@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import held_out_rows, training_rows
 from eval_kl import evaluate, summarize
 from lft import (
-    TINY_TEACHER, InputError, LFTConfig, LFTForCausalLM, backbone, fingerprint, first_line, hidden_pair, load_teacher,
+    TINY_TEACHER, UNREADABLE, InputError, LFTConfig, LFTForCausalLM, backbone, fingerprint, first_line, hidden_pair, load_teacher,
     pick_device, replace_span, run_script, save_flow, trunk_of, write_whole,
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ def parse_arguments(parser, method):
         saved = checkpoint["args"]
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {path}: give a folder that {Path(sys.argv[0]).name} wrote") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is damaged or no checkpoint: train anew ({first_line(error)})") from error
     if checkpoint["method"] != method:
         raise InputError(f"{args.resume} is a run of train_{checkpoint['method']}.py: resume it with that")
@@ -151,20 +151,26 @@ def initialize(velocity, teacher, args):
 
 def optimizers_of(velocity, lr):
     """Muon for the matrices of the velocity's layer, AdamW for the rest; Muon's steps are scaled so that one lr suits both."""
-    others = [weight for name, weight in velocity.named_parameters() if weight.ndim != 2 or name.startswith("time_mlp")]
-    matrices = [weight for weight in velocity.parameters() if not any(weight is other for other in others)]
+    weights = dict(velocity.named_parameters())
+    matrices = {name for name, weight in weights.items() if weight.ndim == 2 and not name.startswith("time_mlp")}
+    by_muon, by_adamw = ([weight for name, weight in weights.items() if (name in matrices) == is_matrix] for is_matrix in (True, False))
     return [
-        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+        torch.optim.Muon(by_muon, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(by_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
     ]
 
 
-def autocast(device):
-    """bfloat16 for the matrix products where the hardware has instructions for it."""
+def has_bfloat16(device):
+    """Whether the hardware has instructions for matrix products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    on_cpu = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+
+
+def autocast(device):
+    """Matrix products in bfloat16, where that is fast; all else stays in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def say(text, rank):
@@ -186,16 +192,6 @@ def finish_step(number, frame):
     signal.signal(number, signal.SIG_DFL)
 
 
-def make_folder(out):
-    """Make the folder of the run; raises InputError if it cannot be written to."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made a folder ({error.strerror}): give another") from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"--out {out} cannot be written to: give another")
-
-
 def restore(checkpoint, args, config, velocity, optimizers, text, rank, world_size):
     """Put back what a checkpoint holds; returns the steps done and the log. There is no random state: steps draw from their number."""
     if checkpoint["fingerprint"] != config.fingerprint or len(checkpoint["text"]) != world_size:
@@ -207,12 +203,17 @@ def restore(checkpoint, args, config, velocity, optimizers, text, rank, world_si
     return checkpoint["step"], checkpoint["log"]
 
 
+def write_log(folder, log):
+    """Write the lines of the log."""
+    write_whole(Path(folder) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+
+
 def save_run(folder, student, checkpoint):
     """Write the student's flow, the log, and all that training needs to go on in one file: each whole or not at all."""
     content = io.BytesIO()
     torch.save(checkpoint, content)
     save_flow(folder, student)
-    write_whole(Path(folder) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in checkpoint["log"]).encode())
+    write_log(folder, checkpoint["log"])
     write_whole(Path(folder) / "checkpoint.pt", content.getbuffer())
 
 
@@ -220,7 +221,7 @@ def prepare(model, device, compiled):
     """Make a frozen part of the teacher fast; its modules are its own, and the teacher's stay as they are."""
     for layer in backbone(model).layers:
         for module in layer.modules():
-            if isinstance(module, nn.Linear) and autocast(device)._enabled:  # which would cast the weight at every step, to the same bits
+            if isinstance(module, nn.Linear) and has_bfloat16(device):  # autocast would make the same bits anew at every step
                 module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
         if compiled:
             layer.forward = torch.compile(layer.forward)
@@ -296,7 +297,8 @@ def train(args, checkpoint, method, loss_of, solver, k):
     u = torch.compile(velocity) if args.compile else velocity
 
     # 3. The loop
-    make_folder(args.out)
+    if rank == 0:
+        write_log(args.out, log)  # and see now whether the folder can be written to
     span = f"layers {args.start}..{args.end - 1}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces {span}", rank)
     SIGNALS.clear()

@@ -1,22 +1,30 @@
 """Put the tables of several runs together: a Markdown table of means over seeds, and the pictures of the README.
 
-    python eval_kl.py runs/fw-6-18-seed0 --flow-steps 1 2 3 6 12 --json runs/fw-6-18-seed0/table.json    # for each run
-    python results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
+    python eval_kl.py runs/fw-6-18-seed0 --json runs/fw-6-18-seed0/table.json    # for each run
+    python studies/results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
 
-Draws KL against layers replaced, velocity evaluations and training tokens into the folder pictures/. Needs matplotlib.
+Runs are seeds of one method where all that trained them is the same but the seed. Draws KL against layers replaced, velocity
+evaluations and training tokens. Needs studies/requirements.txt.
 """
 import argparse
 import json
 import statistics
+import sys
+from collections import namedtuple
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
 from eval_kl import SKIPS
-from lft import InputError, first_line, layer_range, read_curve, read_info, run_script
+from lft import InputError, LFTConfig, LFTForCausalLM, fingerprint, first_line, read_run, run_script
+from studies.spans import read_curve
 
 try:
     from matplotlib import pyplot, ticker
 except ImportError as error:
-    raise SystemExit("error: results.py needs one package more: pip install matplotlib") from error
+    raise SystemExit(f"error: {error.name} is missing: pip install -r studies/requirements.txt") from error
 
 SHOWN = ("LFT euler x1", "LFT euler x3", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
 BASELINES = (
@@ -24,154 +32,207 @@ BASELINES = (
     *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "best anywhere")),
 )  # fmt: skip
 DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
+# What changes no result, or only how it is rounded; the teacher's name, since its fingerprint is compared.
+NO_MATTER = {"seed", "out", "resume", "overwrite", "device", "compile", "save_every", "accumulate", "teacher"}
+
+# made: what table.json holds. rows: its rows by name. curve: (tokens, KL) of each score in training. method: in words.
+Run = namedtuple("Run", "folder config made rows curve method")
 
 
-def as_trained(info):
+def as_trained(config):
     """The row of the table in which a run's flow is integrated as it was in training."""
-    return f"LFT {info['solver']} x{info['steps']}"
+    return f"LFT {config.solver} x{config.k}"
 
 
-def read_run(folder):
-    """A run's flow.json, the rows of its table.json by name, and the (tokens, KL) of its training."""
-    info = read_info(folder)
+def flow_in(config, weights):
+    """The fingerprint of the flow that a run holds, by eval_kl.py's reckoning; the teacher is built without memory, and not loaded."""
+    with torch.device("meta"):
+        student = LFTForCausalLM(LFTConfig(**config.to_dict()))
+    student.flow.velocity.load_state_dict(weights, assign=True)
+    return fingerprint(student.flow)
+
+
+def load_run(folder):
+    """A Run, its method not yet in words; raises InputError where its table.json is missing, damaged, or of an earlier flow."""
+    config, weights = read_run(folder)
+    command = f"python eval_kl.py {folder} --json {folder}/table.json"
     try:
-        table = {row["name"]: row for row in json.loads((Path(folder) / "table.json").read_text())["rows"]}
+        made = json.loads((folder / "table.json").read_text())
+        rows = {row["name"]: row for row in made["rows"]}
+        rows[as_trained(config)]["kl"], made["fingerprint"], made["data"], made["tokens"]  # a KeyError, if one is not there
+        flow = made["flow"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"run {folder} lacks a whole table.json ({first_line(error)}): python eval_kl.py {folder} --json {folder}/table.json"
-        ) from error
-    if as_trained(info) not in table:
-        raise InputError(f"the table.json of run {folder} lacks {as_trained(info)}, as it was trained: make it with --flow-steps {info['steps']} too")
-    return info, table, read_curve(folder)
+        raise InputError(f"run {folder} lacks a whole table.json ({first_line(error)}): {command}") from error
+    if flow != flow_in(config, weights):
+        raise InputError(f"the table.json of run {folder} is of another flow than the run holds now: {command}")
+    return Run(folder, config, made, rows, read_curve(folder, config), None)
 
 
-def loss_of(info):
-    """The loss of a run, in words."""
-    if info["method"] == "fm":
-        power = info.get("time_power", 1)
-        return "flow matching" + (f", t = τ^{power:g}" if power != 1 else "")
-    if (info["solver"], info["steps"]) == ("euler", 1):
-        name = "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
+def check_alike(runs):
+    """Raise InputError unless the tables of all runs are over one teacher and one text, cut into rows of one length."""
+    for what, values in {
+        "teachers": [run.made["fingerprint"] for run in runs],
+        "texts": [(run.made["data"], run.made["tokens"], run.config.training["seq_len"]) for run in runs],
+    }.items():
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            said = "" if what == "teachers" else ", {} and {} (data, tokens, tokens in a row)".format(values[0], values[other])
+            raise InputError(f"the tables of {runs[0].folder} and {runs[other].folder} are over different {what}{said}: give runs of one")
+
+
+def options_of(run):
+    """All that a run was trained by and that matters to its result: {name: value}."""
+    return {name: value for name, value in run.config.training.items() if name not in NO_MATTER}
+
+
+def is_regression(config):
+    """Whether a run walked in one step from t = 0 to 1: a plain layer, trained on x1, and of no use in more steps."""
+    return config.training["method"] == "fw" and (config.solver, config.k) == ("euler", 1)
+
+
+def words_for(config):
+    """How a run was trained, and on how much, in words; not all of its options."""
+    training = config.training
+    power = training.get("time_power", 1)
+    if training["method"] == "fm":
+        words = "flow matching" + (f", t = τ^{power:g}" if power != 1 else "")
     else:
-        name = f"Flow Walking, {info['solver']} ×{info['steps']}"
-    for term, weight in (("flow matching", info.get("alpha")), ("logits' KL", info.get("logit_weight"))):
+        words = "regression" if is_regression(config) else f"Flow Walking, {config.solver} ×{config.k}"
+    for term, weight in (("flow matching", training.get("alpha")), ("logits' KL", training.get("logit_weight"))):
         if weight:
-            name += f" + {term}" if weight == 1 else f" + {weight:g} {term}"
-    return name
+            words += f" + {term}" if weight == 1 else f" + {weight:g} {term}"
+    return f"{words}, {training['tokens'] / 1e6:.4g} M tokens"
 
 
-def method_of(info):
-    """How a run was trained, and on how much, in words."""
-    return f"{loss_of(info)}, {info['trained_tokens'] / 1e6:.4g} M tokens"
+def with_methods(runs):
+    """The runs with their methods in words; where those of different options, span apart, would be the same, they name the options."""
+    result = []
+    for run in runs:
+        words = words_for(run.config)
+        alike = [options_of(other) for other in runs if words_for(other.config) == words]
+        names = sorted({name for options in alike for name in options} - {"start", "end"})
+        differing = [name for name in names if len({repr(options.get(name)) for options in alike}) > 1]
+        named = [f"{name.replace('_', ' ')} {options_of(run).get(name)}" for name in differing]
+        result.append(run._replace(method=", ".join([words, *named])))
+    return result
+
+
+def grouped(runs):
+    """Runs by span and method: {(start, end): {method: runs}}; raises InputError where two of them are one seed."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: (run.config.start, run.config.end)):
+        seeds = groups.setdefault((run.config.start, run.config.end), {}).setdefault(run.method, [])
+        same = [other for other in seeds if other.config.training["seed"] == run.config.training["seed"]]
+        if same:
+            raise InputError(f"{same[0].folder} and {run.folder} were trained by the same options and seed: leave one of them out")
+        seeds.append(run)
+    return groups
 
 
 def shared_rows(methods):
     """The rows by name of all runs for a span, whose tables share the baselines: those of at least one."""
-    return {name: row for seeds in methods.values() for _, table, _ in seeds for name, row in table.items()}
+    return {name: row for runs in methods.values() for run in runs for name, row in run.rows.items()}
 
 
-def mean_kl(tables, name):
-    """The KL of a row, mean over the tables of several seeds ± their standard deviation, as text; the mean alone as a number."""
-    values = [table[name]["kl"] for table in tables]
+def mean_kl(runs, name):
+    """The KL of a row, mean over the seeds ± their standard deviation, as text; the mean alone as a number."""
+    values = [run.rows[name]["kl"] for run in runs]
     mean = statistics.mean(values)
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""), mean
 
 
 def print_results(groups):
-    """groups: {(start, end): {method: [(info, table, curve) of each seed]}}."""
+    """Print the table of the groups that `grouped` returned."""
     print("| layers replaced | by | velocity evaluations | KL | seeds |\n|---|---|---|---|---|")
     for (start, end), methods in groups.items():
-        for method, seeds in methods.items():
-            tables = [table for _, table, _ in seeds]
-            for name in SHOWN[:1] if "regression" in method else SHOWN:
-                if all(name in table for table in tables):
-                    solver = name.removeprefix("LFT ").replace(" x", " ×")
-                    text, _ = mean_kl(tables, name)
-                    print(f"| {layer_range(start, end)} | {method}; {solver} | {tables[0][name]['evaluations']} | {text} | {len(seeds)} |")
-        table = shared_rows(methods)
+        for method, runs in methods.items():
+            trained, rows = as_trained(runs[0].config), runs[0].rows
+            for name in [trained] if is_regression(runs[0].config) else dict.fromkeys((*SHOWN, trained)):
+                solver = name.removeprefix("LFT ").replace(" x", " ×")
+                print(f"| {start}..{end - 1} | {method}; {solver} | {rows[name]['evaluations']} | {mean_kl(runs, name)[0]} | {len(runs)} |")
+        rows = shared_rows(methods)
         for name in BASELINES:
-            if name in table:
-                print(f"| {table[name]['layers_replaced']} | {name} | – | {table[name]['kl']:.4f} | – |")
+            if name in rows:
+                print(f"| {rows[name]['layers_replaced']} | {name} | – | {rows[name]['kl']:.4f} | – |")
 
 
 def save_picture(figure, path):
     """Write a figure as a PNG; raises InputError if it cannot be written."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=80)
     except OSError as error:
         raise InputError(f"{path} could not be written ({first_line(error)}): give another --pictures") from error
+    pyplot.close(figure)
 
 
-def plain_logarithmic(axes, *names):
-    """Make these axes logarithmic, and number them 0.1, 0.2, 0.5 rather than by powers of ten."""
-    for name in names:
-        axes.set(**{f"{name}scale": "log"})
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(ticker.NullFormatter())
+def plain_logarithmic(axis):
+    """Make an axis logarithmic, and number it 0.1, 0.2, 0.5 rather than by powers of ten."""
+    axis._set_axes_scale("log")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def draw_ladder(groups, colors, path):
     """KL against layers replaced: what skipping costs, and what each way to put one layer in their place leaves."""
     figure, axes = pyplot.subplots(figsize=(9, 4.4), layout="constrained")
-    widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
-    table = shared_rows(groups[widest])
+    start, end = widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
+    rows = shared_rows(groups[widest])
     for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
-        ladder = [(n, table[f"skip {n}, {where}"]["kl"]) for n in SKIPS if f"skip {n}, {where}" in table]
-        axes.plot([n for n, _ in ladder], [kl for _, kl in ladder], style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', layer_range(*widest))}")
-    marked = {}  # (name, color, marker): points
+        ladder = [(n, rows[f"skip {n}, {where}"]["kl"]) for n in SKIPS if f"skip {n}, {where}" in rows]
+        if ladder:
+            axes.plot(*zip(*ladder), style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', f'{start}..{end - 1}')}")
+    points = {}  # (label, color, marker): [(layers, KL)]
     for (start, end), methods in groups.items():
-        table = shared_rows(methods)
+        rows = shared_rows(methods)
         for name, marker in (("span dropped", "x"), ("linear map", "+")):
-            if name in table:
-                marked.setdefault((name, "gray", marker), []).append((end - start, table[name]["kl"]))
-        for method, seeds in methods.items():
-            point = (end - start, mean_kl([table for _, table, _ in seeds], as_trained(seeds[0][0]))[1])
-            marked.setdefault((method, colors[method], "o"), []).append(point)
-    for (name, color, marker), points in marked.items():
-        axes.plot(*zip(*points), marker, color=color, ms=7, fillstyle="none", mew=1.5, label=name)
+            if name in rows:
+                points.setdefault((name, "gray", marker), []).append((end - start, rows[name]["kl"]))
+        for method, runs in methods.items():
+            points.setdefault((method, colors[method], "o"), []).append((end - start, mean_kl(runs, as_trained(runs[0].config))[1]))
+    for (label, color, marker), xy in points.items():
+        axes.plot(*zip(*xy), marker, color=color, ms=7, fillstyle="none", mew=1.5, label=label)
     axes.set(xlabel="layers replaced by one, or skipped", ylabel="KL from the teacher, nats per token")
-    plain_logarithmic(axes, "y")
+    plain_logarithmic(axes.yaxis)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize=8)
     save_picture(figure, path)
 
 
-def draw_panels(groups, colors, path, xlabel, draw_method, log_x=False):
-    """A panel for each span: what draw_method(axes, method, seeds, color) draws of each method, over the baselines."""
+def draw_panels(groups, colors, path, xlabel, draw_method):
+    """A panel for each span: what draw_method(axes, method, runs, color) draws of each method, over the baselines."""
     figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4.6), layout="constrained", squeeze=False)
     labelled = {}  # a line for each label, for one legend
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
-        table = shared_rows(methods)
+        rows = shared_rows(methods)
         for name, style in DRAWN.items():
-            if name in table:
-                axes.axhline(table[name]["kl"], color="gray", ls=style, lw=1, label=name)
-        for method, seeds in methods.items():
-            draw_method(axes, method, seeds, colors[method])
-        axes.set(title=f"layers {layer_range(start, end)} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
-        plain_logarithmic(axes, *("xy" if log_x else "y"))
+            if name in rows:
+                axes.axhline(rows[name]["kl"], color="gray", ls=style, lw=1, label=name)
+        for method, runs in methods.items():
+            draw_method(axes, method, runs, colors[method])
+        axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
+        plain_logarithmic(axes.yaxis)
         labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=8)
     save_picture(figure, path)
 
 
-def draw_evaluations(axes, method, seeds, color):
+def draw_evaluations(axes, method, runs, color):
     """KL against velocity evaluations, mean over seeds, a line for each solver; of regression only the one step it is made for."""
-    tables = [table for _, table, _ in seeds]
     for solver, style in (("euler", "s--"), ("midpoint", "o-")):
-        names = [name for name in tables[0] if name.startswith(f"LFT {solver}") and all(name in table for table in tables)]
-        if "regression" in method:
-            names = [name for name in names if name == "LFT euler x1"]
-        points = [(tables[0][name]["evaluations"], mean_kl(tables, name)[1]) for name in names]
-        if points:
+        names = [name for name in runs[0].rows if name.startswith(f"LFT {solver}")]
+        names = [name for name in names if name == as_trained(runs[0].config) or not is_regression(runs[0].config)]
+        if names:
+            points = [(runs[0].rows[name]["evaluations"], mean_kl(runs, name)[1]) for name in names]
             axes.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{method}; {solver}")
+    plain_logarithmic(axes.xaxis)
 
 
-def draw_tokens(axes, method, seeds, color):
-    """KL against training tokens, a line for each seed, integrated as in training."""
-    for number, (_, _, curve) in enumerate(seeds):
-        axes.plot([tokens / 1e6 for tokens, _ in curve], [kl for _, kl in curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
+def draw_tokens(axes, method, runs, color):
+    """KL against training tokens, a line for each seed, integrated as in training; only of runs that trained on the table's text."""
+    for number, run in enumerate(run for run in runs if run.config.training["data"] == run.made["data"]):
+        axes.plot([tokens / 1e6 for tokens, _ in run.curve], [kl for _, kl in run.curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
 
 
 def main():
@@ -179,22 +240,14 @@ def main():
     parser.add_argument("runs", nargs="+", help="folders of runs, each with a table.json of eval_kl.py")
     parser.add_argument("--pictures", default="pictures", help="folder for the pictures (default %(default)s)")
     args = parser.parse_args()
-    groups = {}
-    for folder in args.runs:
-        info, table, curve = read_run(folder)
-        seeds = groups.setdefault((info["start"], info["end"]), {}).setdefault(method_of(info), [])
-        seeds.append((info, table, curve))
-    groups = dict(sorted(groups.items()))
-    folder = Path(args.pictures)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--pictures {folder} cannot be made a folder ({error.strerror}): give another") from error
-    print_results(groups)
+    runs = [load_run(folder) for folder in dict.fromkeys(Path(folder).resolve() for folder in args.runs)]  # each once
+    check_alike(runs)
+    groups = grouped(with_methods(runs))
     colors = {method: f"C{number}" for number, method in enumerate(sorted({method for methods in groups.values() for method in methods}))}
-    draw_ladder(groups, colors, folder / "ladder.png")
-    draw_panels(groups, colors, folder / "evaluations.png", "velocity evaluations at inference", draw_evaluations, log_x=True)
-    draw_panels(groups, colors, folder / "tokens.png", "training tokens, millions", draw_tokens)
+    draw_ladder(groups, colors, Path(args.pictures) / "ladder.png")
+    draw_panels(groups, colors, Path(args.pictures) / "evaluations.png", "velocity evaluations at inference", draw_evaluations)
+    draw_panels(groups, colors, Path(args.pictures) / "tokens.png", "training tokens, millions", draw_tokens)
+    print_results(groups)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
 Pythia-410M's architecture at a 77th of its size, with as many layers, so that a span such as 6 -> 18 means the
-same on both. It learns from the training files of `--data stdlib` (see lft.py); the held-out files are never shown.
+same on both. It learns from the training files of `--data stdlib` (see data.py); the held-out files are never shown.
 """
 import argparse
 import copy
@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from lft import stdlib_documents, token_sequences
+from data import pack, stdlib_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", default="runs/tiny_teacher", help="folder to write (default %(default)s)")
@@ -27,12 +27,18 @@ torch.manual_seed(args.seed)
 
 END_OF_TEXT = "<|endoftext|>"
 bpe = ByteLevelBPETokenizer()
-bpe.train_from_iterator(stdlib_documents("train"), vocab_size=2048, special_tokens=[END_OF_TEXT], show_progress=False)
+bpe.train_from_iterator(stdlib_texts(held_out=False), vocab_size=2048, special_tokens=[END_OF_TEXT], show_progress=False)
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
 tokenizer.save_pretrained(args.out)
 
-train = torch.stack(list(token_sequences(stdlib_documents("train"), tokenizer, 256)))  # (sequences, 256)
-held_out = torch.stack(list(token_sequences(stdlib_documents("held-out"), tokenizer, 256)))
+
+def sequences(texts):
+    """The texts joined, each closed by the end-of-text token, and cut: ids (sequences, 256)."""
+    texts = list(texts)
+    return torch.tensor(pack({"text": texts}, range(len(texts)), tokenizer, 256, part=(0, 1))["ids"])
+
+
+train, held_out = sequences(stdlib_texts(held_out=False)), sequences(stdlib_texts(held_out=True))
 print(f"text: {train.numel():,} training tokens, {held_out.numel():,} held out", flush=True)
 
 config = GPTNeoXConfig(
