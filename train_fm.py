@@ -267,9 +267,8 @@ def check_finite(step, out, **figures):
 def train(args, checkpoint, method, loss_of, solver, k):
     """Train a flow and save it: the loop of both methods.
 
-    args, checkpoint: as from `parse_arguments`. loss_of: a function of (velocity, x0, x1, logits), where velocity is one of
-    (x, t) and logits one of a state entering `end`. solver, k: how the flow is integrated when it is scored. Raises InputError
-    before anything is written, where a figure is not finite, and where a file cannot be written.
+    args, checkpoint: as from `parse_arguments`. loss_of: a function of (velocity, x0, x1, logits), where velocity is one of (x, t)
+    and logits one of a state entering `end`. solver, k: how the flow is integrated when it is scored. Raises InputError.
     """
     # 1. Processes, teacher, text
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

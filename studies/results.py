@@ -141,15 +141,21 @@ def mean_kl(runs, name):
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""), mean
 
 
+def rows_shown(runs, names):
+    """Of the rows of these names, those that the tables of all runs of a method have, and that the method is made for."""
+    trained = as_trained(runs[0].config)
+    names = [name for name in names if name == trained or not is_regression(runs[0].config)]
+    return [name for name in names if all(name in run.rows for run in runs)]
+
+
 def print_results(groups):
     """Print the table of the groups that `grouped` returned."""
     print("| layers replaced | by | velocity evaluations | KL | seeds |\n|---|---|---|---|---|")
     for (start, end), methods in groups.items():
         for method, runs in methods.items():
-            trained, rows = as_trained(runs[0].config), runs[0].rows
-            for name in [trained] if is_regression(runs[0].config) else dict.fromkeys((*SHOWN, trained)):
-                solver = name.removeprefix("LFT ").replace(" x", " ×")
-                print(f"| {start}..{end - 1} | {method}; {solver} | {rows[name]['evaluations']} | {mean_kl(runs, name)[0]} | {len(runs)} |")
+            for name in rows_shown(runs, dict.fromkeys((*SHOWN, as_trained(runs[0].config)))):
+                solver, evaluations = name.removeprefix("LFT ").replace(" x", " ×"), runs[0].rows[name]["evaluations"]
+                print(f"| {start}..{end - 1} | {method}; {solver} | {evaluations} | {mean_kl(runs, name)[0]} | {len(runs)} |")
         rows = shared_rows(methods)
         for name in BASELINES:
             if name in rows:
@@ -166,9 +172,10 @@ def save_picture(figure, path):
     pyplot.close(figure)
 
 
-def plain_logarithmic(axis):
-    """Make an axis logarithmic, and number it 0.1, 0.2, 0.5 rather than by powers of ten."""
-    axis._set_axes_scale("log")
+def plain_logarithmic(axes, name):
+    """Make the axis x or y logarithmic, and number it 0.1, 0.2, 0.5 rather than by powers of ten."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(ticker.NullFormatter())
@@ -194,7 +201,7 @@ def draw_ladder(groups, colors, path):
     for (label, color, marker), xy in points.items():
         axes.plot(*zip(*xy), marker, color=color, ms=7, fillstyle="none", mew=1.5, label=label)
     axes.set(xlabel="layers replaced by one, or skipped", ylabel="KL from the teacher, nats per token")
-    plain_logarithmic(axes.yaxis)
+    plain_logarithmic(axes, "y")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize=8)
     save_picture(figure, path)
@@ -212,21 +219,20 @@ def draw_panels(groups, colors, path, xlabel, draw_method):
         for method, runs in methods.items():
             draw_method(axes, method, runs, colors[method])
         axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
-        plain_logarithmic(axes.yaxis)
+        plain_logarithmic(axes, "y")
         labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(groups), fontsize=8)
     save_picture(figure, path)
 
 
 def draw_evaluations(axes, method, runs, color):
     """KL against velocity evaluations, mean over seeds, a line for each solver; of regression only the one step it is made for."""
     for solver, style in (("euler", "s--"), ("midpoint", "o-")):
-        names = [name for name in runs[0].rows if name.startswith(f"LFT {solver}")]
-        names = [name for name in names if name == as_trained(runs[0].config) or not is_regression(runs[0].config)]
+        names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {solver}")])
         if names:
             points = [(runs[0].rows[name]["evaluations"], mean_kl(runs, name)[1]) for name in names]
             axes.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{method}; {solver}")
-    plain_logarithmic(axes.xaxis)
+    plain_logarithmic(axes, "x")
 
 
 def draw_tokens(axes, method, runs, color):
