@@ -7,7 +7,6 @@ next-token distributions, in nats per token; the lower, the nearer to the teache
 by `replace_span`, and all are scored and timed in the same way, in float32.
 """
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from data import held_out_rows, training_rows
 from lft import (
     EVALUATIONS, SOLVERS, FlowLayer, InputError, backbone, final_norm, fingerprint, hidden_pair, load_student, load_teacher,
-    pick_device, record_inputs, replace_span, run_script, trunk_of, write_whole,
+    pick_device, record_inputs, replace_span, run_script, share, trunk_of, write_whole,
 )  # fmt: skip
 
 
@@ -183,7 +182,7 @@ PAPER = {2: ("6 layers by flow matching", 0.407, 0.529), 3: ("12 layers by Flow 
 
 def integrated(student, solver, k):
     """The student, weights and all, with its flow integrated in k steps of a solver."""
-    model = copy.deepcopy(student, {id(weight): weight for weight in student.parameters()})
+    (model,) = share(student)
     model.config.solver, model.config.k = solver, k
     return model
 

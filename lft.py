@@ -50,12 +50,17 @@ TIME_CHANNELS = 128
 FASTEST = 1000.0
 
 
+def attention_of(layer):
+    """A decoder layer's attention: GPT-NeoX has it under one name, Llama, Mistral and Qwen under another."""
+    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+
+
 class VelocityBlock(nn.Module):
     """The velocity field u(x, t): one layer of the teacher's kind without its outer residual, conditioned on time.
 
     u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(y) + β2), where six vectors from t shift (β), scale (γ) and gate
     (α) the two branches, as in a DiT block (Fig. 1). y is x in Pythia's parallel layers, and x plus the first branch in
-    others. All t start at α = γ = 1 and β = 0, where x + u(x, t) is the layer itself.
+    others. It starts at α = γ = 1 and β = 0 for every t, where x + u(x, t) is the layer itself.
 
     layer: the teacher's layer to start from, a copy of which is trained.
     """
@@ -87,11 +92,6 @@ class VelocityBlock(nn.Module):
         y = x if getattr(layer, "use_parallel_residual", False) else x + attention
         mlp = layer.mlp(layer.post_attention_layernorm(y) * (1 + scale2) + shift2)
         return attention + (1 + gate2) * mlp
-
-
-def attention_of(layer):
-    """A decoder layer's attention: GPT-NeoX has it under one name, Llama, Mistral and Qwen under another."""
-    return layer.attention if hasattr(layer, "attention") else layer.self_attn
 
 
 # 2. The solvers. A step carries the state from time t to time s; times are numbers, or (batch, 1, 1) each.
@@ -176,6 +176,12 @@ def check_span(model, start, end):
         )
 
 
+def share(*modules):
+    """Copies of modules, with settings of their own and the very weights of the originals; None stays None."""
+    weights = itertools.chain.from_iterable(module.parameters() for module in modules if module is not None)
+    return copy.deepcopy(modules, {id(weight): weight for weight in weights})
+
+
 def replace_span(teacher, start, end, layer=None):
     """The teacher with layers [start, end) replaced by one layer, or by nothing; a model of its own with the teacher's weights.
 
@@ -183,11 +189,10 @@ def replace_span(teacher, start, end, layer=None):
     module that is called like a decoder layer. Raises InputError as `check_span` does.
     """
     check_span(teacher, start, end)
-    weights = itertools.chain(teacher.parameters(), layer.parameters() if layer is not None else ())
-    model, layer = copy.deepcopy((teacher, layer), {id(weight): weight for weight in weights})
+    model, layer = share(teacher, layer)
     layers = backbone(model).layers
     for depth, kept in enumerate(layers):
-        kept.depth = depth  # in the teacher
+        kept.depth = depth  # its place in the teacher
     backbone(model).layers = nn.ModuleList([*layers[:start], *([] if layer is None else [layer]), *layers[end:]])
     if layer is None:  # a shorter model of the same kind, whose layers count their cache slots anew
         model.config.num_hidden_layers = len(backbone(model).layers)
@@ -232,7 +237,7 @@ def hidden_pair(trunk, ids, start):
 def trunk_of(teacher, end):
     """The teacher without the layers from `end` on, as a model: x1 is what enters its final norm."""
     number = len(backbone(teacher).layers)
-    return teacher if end == number else replace_span(teacher, end, number)
+    return replace_span(teacher, end, number) if end < number else share(teacher)[0]
 
 
 # 5. The teacher
