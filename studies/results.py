@@ -238,7 +238,8 @@ def draw_evaluations(axes, method, runs, color):
 def draw_tokens(axes, method, runs, color):
     """KL against training tokens, a line for each seed, integrated as in training; only of runs that trained on the table's text."""
     for number, run in enumerate(run for run in runs if run.config.training["data"] == run.made["data"]):
-        axes.plot([tokens / 1e6 for tokens, _ in run.curve], [kl for _, kl in run.curve], "o-", color=color, ms=3, lw=1, label=None if number else method)
+        points = [(tokens / 1e6, kl) for tokens, kl in run.curve]
+        axes.plot(*zip(*points), "o-", color=color, ms=3, lw=1, label=None if number else method)
 
 
 def main():

@@ -81,7 +81,8 @@ def matrix_products(args, layer, evaluations, device):
     options, head_width = {"dtype": dtype, "device": device}, args.width // args.heads
     values = torch.randn(args.batch_size, args.heads, args.seq_len, head_width, **options)
     scores = torch.randn(args.batch_size, args.heads, args.seq_len, args.seq_len, **options)
-    forward, backward = [(values, values.mT), (scores, values)], [(values, values.mT), (scores, values), (scores.mT, values), (scores.mT, values)]
+    forward = [(values, values.mT), (scores, values)]
+    backward = [(values, values.mT), (scores, values), (scores.mT, values), (scores.mT, values)]
     for weight in (module.weight for module in layer.modules() if isinstance(module, nn.Linear)):
         x, y = (torch.randn(args.batch_size * args.seq_len, width, **options) for width in reversed(weight.shape))
         weight = weight.to(dtype)
