@@ -249,7 +249,7 @@ def load_teacher(name, device="cpu"):
     """Load a teacher, frozen, in float32 whatever its files hold, and its tokenizer.
 
     name: "tiny_teacher", a folder, a .gguf file, or a model on the hub such as "EleutherAI/pythia-410m".
-    Raises InputError if there is no such model, if it lacks weights or a tokenizer, or if VelocityBlock is no layer of its.
+    Raises InputError if there is no such model, if it lacks weights or a tokenizer, or if its layers are made otherwise.
     """
     path = Path(__file__).parent / name if name == TINY_TEACHER else Path(name)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -271,7 +271,7 @@ def load_teacher(name, device="cpu"):
     teacher = teacher.requires_grad_(False).eval().to(device)
     if not fits(teacher):
         raise InputError(
-            f"teacher {name} is a {teacher.config.model_type} model, whose layers VelocityBlock does not rebuild: give a GPT-NeoX "
+            f"teacher {name} is a {teacher.config.model_type} model, whose layers are made otherwise than VelocityBlock: give a GPT-NeoX "
             "(Pythia), Llama, Mistral, Qwen2 or Qwen3 whose layers all attend alike"
         )
     return teacher, tokenizer
@@ -279,14 +279,16 @@ def load_teacher(name, device="cpu"):
 
 @torch.no_grad()
 def fits(teacher):
-    """Whether x + u(x, t) is a layer of this teacher, and its layers all attend alike; tried on a few tokens."""
+    """Whether this teacher's layers are made as VelocityBlock takes them to be, and all attend alike; tried on a few tokens."""
     if len(set(getattr(teacher.config, "layer_types", None) or [None])) > 1:
         return False
     try:
         last = len(backbone(teacher).layers) - 1
+        layer = backbone(teacher).layers[last]
         x0, x1, context = hidden_pair(teacher, torch.arange(8, device=teacher.device)[None], last)
-        velocity = VelocityBlock(backbone(teacher).layers[last]).to(teacher.device)
-        error = x0 + velocity(x0, 0.0, **context) - x1
+        attention, _ = attention_of(layer)(layer.input_layernorm(x0), **context)
+        y = x0 if getattr(layer, "use_parallel_residual", False) else x0 + attention
+        error = attention + layer.mlp(layer.post_attention_layernorm(y)) - (x1 - x0)
     except (AttributeError, TypeError, ValueError):
         return False
     return bool(error.norm() <= 1e-4 * (x1 - x0).norm())
