@@ -34,17 +34,24 @@ def stdlib_texts(held_out):
                 yield path.read_text(encoding="utf-8", errors="replace")
 
 
+def kinds_of(paths):
+    """The readers that files want, by their suffixes: of the library's for rows, or "text"."""
+    return {next((READERS[suffix] for suffix in Path(path).suffixes if suffix in READERS), "text") for path in paths}
+
+
 def open_text(data, held_out):
     """The documents of `data`, rows with a column "text", and whether each is still to be cut into its two parts."""
     if data == "stdlib":
         return Dataset.from_dict({"text": list(stdlib_texts(held_out))}), False
     files = sorted(path for path in glob.glob(data, recursive=True) if Path(path).is_file())
-    readers = {READERS.get(suffix) for path in files for suffix in Path(path).suffixes} - {None}
-    if files and not readers:
+    if len(kinds_of(files)) > 1:
+        raise InputError(f"data {data} names files of several kinds: give those of one")
+    if kinds_of(files) == {"text"}:
         return Dataset.from_dict({"text": [Path(path).read_text(encoding="utf-8") for path in files]}), True
-    if readers:
-        return load_dataset(*readers, data_files=files, split="train", streaming=True), True
-    as_text = {"sample_by": "document"} if any(Path(data).rglob("*.txt")) else {}  # a folder of books is not one of lines
+    if files:
+        return load_dataset(*kinds_of(files), data_files=files, split="train", streaming=True), True
+    books = any(Path(data).rglob("*.txt")) and kinds_of(Path(data).rglob("*.*")) == {"text"}
+    as_text = {"sample_by": "document"} if books else {}  # or each line would be a document
     splits = load_dataset(data, streaming=True, **as_text)
     for name in ("validation", "test"):
         if name in splits:
@@ -63,9 +70,9 @@ def pack(rows, numbers, tokenizer, seq_len, part):
     part: of each document, a slice's two ends as shares of its length. Beside its "ids" each row has the number of the
     "document" in which it begins.
     """
-    texts = [text[int(part[0] * len(text)) : int(part[1] * len(text))] for text in (text or "" for text in rows["text"])]
+    texts = {number: text[int(part[0] * len(text)) : int(part[1] * len(text))] for number, text in zip(numbers, rows["text"]) if text is not None}
     ids, documents = [], []
-    for number, tokens in zip(numbers, tokenizer(texts, verbose=False)["input_ids"] if texts else []):
+    for number, tokens in zip(texts, tokenizer([*texts.values()], verbose=False)["input_ids"] if texts else []):
         ids += [*tokens, tokenizer.eos_token_id]
         documents += [number] * (len(tokens) + 1)
     starts = range(0, len(ids) - seq_len + 1, seq_len)
@@ -83,11 +90,11 @@ def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
         if isinstance(rows, Dataset):
             batch_size = None  # all documents at once
         else:
-            rows, batch_size = split_dataset_by_node(rows.select_columns("text"), rank, world_size), 64
+            rows, batch_size = split_dataset_by_node(rows.select_columns("text"), rank, world_size), 1000
         part = ((0.95, 1) if held_out else (0, 0.95)) if whole else (0, 1)
         options = {"tokenizer": tokenizer, "seq_len": seq_len, "part": part}
         rows = rows.map(pack, batched=True, batch_size=batch_size, with_indices=True, remove_columns=["text"], fn_kwargs=options)
-        if next(iter(rows), None) is not None:
+        for _ in rows:
             return rows
     except UNREADABLE as error:
         raise InputError(

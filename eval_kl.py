@@ -162,12 +162,12 @@ def speeds(models, ids):
             caches.append(None)
 
     def decode(model, number):
-        for _ in range(DECODED if caches[number] else 0):
+        for _ in range(DECODED if caches[number] is not None else 0):
             model(ids[:, -1:], past_key_values=caches[number], use_cache=True)
 
     decoding = times_over_first(models, decode)
     return [
-        {"parameters": model.num_parameters(), "prefill_time": prefill[i], "decode_time": decoding[i] if caches[i] else None,
+        {"parameters": model.num_parameters(), "prefill_time": prefill[i], "decode_time": decoding[i] if caches[i] is not None else None,
          "ideal_time": cost(model) / cost(models[0])}
         for i, model in enumerate(models)
     ]  # fmt: skip
@@ -289,23 +289,25 @@ def main():
     teacher, tokenizer = load_teacher(args.teacher or config.teacher, device)
     if fingerprint(teacher) != config.fingerprint:
         raise InputError(f"{args.run} was trained on another teacher, {config.teacher} as it was then: give that one by --teacher")
-    data, seq_len = args.data or config.training["data"], config.training["seq_len"]
+    data, seq_len = args.data or config.training.get("data"), config.training.get("seq_len", 256)
+    if not data:
+        raise InputError(f"{args.run} does not say what text it was trained on: give --data")
     rows, documents = held_out_rows(data, tokenizer, seq_len, args.tokens, test=True)
-    print(
-        f"teacher {config.teacher}, data {data}, held-out text for the test: {rows.numel():,} tokens that begin in {len(documents.unique())} "
-        f"documents; {args.run} replaces layers {config.start}..{config.end - 1}, {config.end - config.start} of "
-        f"{len(backbone(teacher).layers)}", flush=True,
-    )  # fmt: skip
     linear = None
     if not args.no_baselines:
         ids = (row["ids"] for row in itertools.islice(training_rows(data, tokenizer, seq_len), max(1, LINEAR_TOKENS // seq_len)))
         linear = fit_linear(teacher, torch.tensor(list(ids)).split(16), config.start, config.end)
     result = table(teacher, student, rows, documents, linear)
-    print_table(result, config)
     if args.json:
         made = {"teacher": config.teacher, "fingerprint": config.fingerprint, "flow": fingerprint(student.flow), "data": data}
-        made |= {"start": config.start, "end": config.end, "tokens": rows.numel(), "rows": result}
+        made |= {"start": config.start, "end": config.end, "seq_len": seq_len, "tokens": rows.numel(), "rows": result}
         write_whole(args.json, (json.dumps(made, indent=2) + "\n").encode())
+    print(
+        f"teacher {config.teacher}, data {data}, held-out text for the test: {rows.numel():,} tokens that begin in {len(documents.unique())} "
+        f"documents; {args.run} replaces layers {config.start}..{config.end - 1}, {config.end - config.start} of "
+        f"{len(backbone(teacher).layers)}"
+    )  # fmt: skip
+    print_table(result, config)
 
 
 if __name__ == "__main__":

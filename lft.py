@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class InputError(Exception):
 
 
 # What libraries raise for files that are missing, damaged, or no such thing.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, StopIteration, SafetensorError, struct.error)
 
 
 def first_line(error):
@@ -136,14 +137,17 @@ class FlowLayer(GradientCheckpointingLayer):
 
     @property
     def evaluations(self):
+        """Of the velocity, for each token."""
+        if self.solver not in SOLVERS or self.k < 1:
+            raise InputError(f"{self.solver} x{self.k} is no way to integrate: give {' or '.join(SOLVERS)}, and k of 1 or more")
         return self.k * EVALUATIONS[self.solver]
 
     def forward(self, x, **context):
         attentions = [module for module in self.velocity.modules() if hasattr(module, "layer_idx")]
-        cached = context.get("past_key_values", context.get("layer_past")) is not None
-        if cached and self.evaluations * len(attentions) > self.end - self.start:
+        needed, cached = self.evaluations * len(attentions), context.get("past_key_values", context.get("layer_past")) is not None
+        if cached and needed > self.end - self.start:
             raise InputError(
-                f"{self.solver} x{self.k} needs {self.evaluations * len(attentions)} cache slots, and the {self.end - self.start} "
+                f"{self.solver} x{self.k} needs {needed} cache slots, and the {self.end - self.start} "
                 "replaced layers leave one each: take fewer steps k, or call the model with use_cache=False"
             )
         slots = itertools.count(self.start)
@@ -358,15 +362,21 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
         """The FlowLayer."""
         return backbone(self).layers[self.config.start]
 
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, head):
+        self.model.set_output_embeddings(head)
+
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
-        use_cache=None, logits_to_keep=0, output_hidden_states=False, **kwargs,
+        use_cache=None, logits_to_keep=0, output_hidden_states=None, **kwargs,
     ):  # fmt: skip
         """As any causal LM of transformers. hidden_states: one entering each layer or flow, and the last one after the norm."""
         self.flow.solver, self.flow.k = self.config.solver, self.config.k
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         kwargs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
-        if not output_hidden_states:
+        if not (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states):
             return self.model(input_ids, **kwargs)
         norm = final_norm(self)  # transformers itself would look for layers of the teacher's class, and miss the flow
         with record_inputs(*backbone(self).layers, norm) as calls:
@@ -478,3 +488,5 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:  # nobody reads on (`| head -1`)
+        sys.stdout = open(os.devnull, "w")

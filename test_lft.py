@@ -4,7 +4,6 @@
 
 The environment variable KILLS says how often the run that is killed at random moments is killed (default 4).
 """
-import contextlib
 import copy
 import functools
 import itertools
@@ -169,7 +168,7 @@ def test_a_teacher_is_taken_if_its_layers_fit_and_refused_otherwise(family, tmp_
     random_teacher(family, vocab_size=2048).half().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     if family in UNFIT:
-        with pytest.raises(lft.InputError, match="rebuild"):
+        with pytest.raises(lft.InputError, match="attend alike"):
             lft.load_teacher(str(tmp_path))
     else:
         teacher, _ = lft.load_teacher(str(tmp_path))
@@ -559,7 +558,7 @@ def text(tmp_path_factory):
 
 def test_documents_are_joined_by_end_of_text_and_cut():
     rows = data.pack({"text": ["abc", None, "", "defgh", "ij"]}, [5, 6, 7, 8, 9], Letters(), 4, (0, 1))
-    assert letters({"ids": ids} for ids in rows["ids"]) == "abc|||defgh|" and rows["document"] == [5, 6, 8]
+    assert letters({"ids": ids} for ids in rows["ids"]) == "abc||defgh|i" and rows["document"] == [5, 7, 8]
     assert [len(ids) for ids in rows["ids"]] == [4, 4, 4]
 
 
@@ -607,8 +606,8 @@ PILE = {"train/00.jsonl.zst": ["abcd", "efgh"], "train/01.jsonl.zst": ["ijkl"], 
         ({name: PILE[name] for name in PILE if "val" not in name}, "", "abcd|efgh|ijkl|", "q|"),
         ({name: PILE[name] for name in PILE if "train" in name}, "", "abc|efg|ijk|", "d|h|l|"),
         (PILE, "train/*.jsonl.zst", "abc|efg|ijk|", "d|h|l|"),
-        ({"x.jsonl": ROWS}, "x.jsonl", "a" * 19 + "||" + "c" * 38 + "|", "b||dd|"),
-        ({"x.jsonl.zst": ROWS, "y.txt": "no"}, "*.zst", "a" * 19 + "||" + "c" * 38 + "|", "b||dd|"),
+        ({"x.jsonl": ROWS}, "x.jsonl", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
+        ({"x.jsonl.zst": ROWS, "y.txt": "no"}, "*.zst", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
     ],
 )
 def test_text_is_read_by_document_and_its_held_out_part_left_out(tmp_path, files, place, train, held_out):
@@ -617,7 +616,8 @@ def test_text_is_read_by_document_and_its_held_out_part_left_out(tmp_path, files
         write_lines(tmp_path / name, content) if isinstance(content, list) else (tmp_path / name).write_text(content)
     assert text_at(tmp_path / place) == train and text_at(tmp_path / place, held_out=True) == held_out
     rows = data.token_rows(str(tmp_path / place), Letters(), 1)
-    assert [row["document"] for row in rows] == [train[:i].count("|") for i in range(len(train))]
+    documents = sorted({row["document"] for row in rows})  # a null has a number, and no text
+    assert [documents.index(row["document"]) for row in rows] == [train[:i].count("|") for i in range(len(train))]
 
 
 def test_many_short_documents_fill_rows_as_a_few_long_ones_do(tmp_path):
@@ -835,6 +835,10 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, options, 
                     v.mul_(0.95).add_(0.05 * g * g)
                     w.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
     assert logged(tmp_path)[-1]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-2)
+    averages = [state["exp_avg"] for state in checkpoint_of(tmp_path)["optimizers"][1]["state"].values()]  # which show the clipping
+    by_adamw = [m for m, by_muon in zip(first, muon) if not by_muon]
+    for given, by_hand in zip(averages, by_adamw, strict=True):
+        torch.testing.assert_close(given, by_hand, atol=1e-3, rtol=0.05)
     # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding, and Newton-Schulz steps in bfloat16 magnify
     # the rounding of the smallest singular values: so the whole is compared, not each weight.
     moved, apart = (sum((by_hand - other[name]).square().sum() for name, by_hand in velocity.state_dict().items()) for other in (start, trained))
@@ -1052,14 +1056,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(s
 
 
 def test_an_overwritten_run_is_whole_until_it_is_replaced(script, options, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+    run, old = tmp_path / "run", tmp_path / "old"
     script(train_fm, *options, "--out", run)
-    before = listing(run)
+    shutil.copytree(run, old, copy_function=os.link)  # the very files, under other names
+    before = [content for _, content in listing(old)]
     monkeypatch.setattr(train_fm, "flow_matching_loss", lambda *args, **more: torch.tensor(math.nan, requires_grad=True))
-    assert script(train_fm, *options, "--out", run, "--overwrite")[0] == 2 and listing(run) == before
+    assert script(train_fm, *options, "--out", run, "--overwrite")[0] == 2 and [content for _, content in listing(run)] == before
     monkeypatch.undo()
     assert script(train_fm, *options, "--out", run, "--overwrite", "--max-steps", 2)[0] == 0
     assert checkpoint_of(run)["step"] == 2 and [line["step"] for line in logged(run)] == [2]
+    assert [content for _, content in listing(old)] == before  # each file was replaced at once, and none was written over
 
 
 def run_two(start_process, module, *options, interrupted=False):
@@ -1135,7 +1141,7 @@ def test_a_compiled_run_is_the_run_that_is_not(script, options, tmp_path):
         (["--start", 4, "--end", 4], "6 layers"),
         (["--start", -1, "--end", 2], "6 layers"),
         (["--start", 2, "--end", 7], "6 layers"),
-        (["--teacher", "gemma"], "rebuild"),
+        (["--teacher", "gemma"], "attend alike"),
         (["--teacher", "speechless"], "tokenizer"),
         (["--teacher", "headless"], "weights"),
         (["--teacher", "no-such/model"], "tiny_teacher"),
@@ -1200,6 +1206,8 @@ def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, options, t
 
     refused("no run", whole, tmp_path / "nowhere")
     refused("another teacher", whole, run, "--teacher", other)
+    with pytest.raises(lft.InputError, match="another teacher"):
+        lft.load_student(run, str(other))
     refused("no teacher", whole, run, "--teacher", tmp_path / "nowhere")
     refused("no text", whole, run, "--data", tmp_path / "nowhere")
     refused("damaged", whole[: len(whole) // 2], run)
@@ -1382,6 +1390,8 @@ def test_a_saved_student_is_loaded_and_scored_like_a_run(script, options, tmp_pa
         made = json.loads(table.read_text())
         results.append([{key: row[key] for key in row if "time" not in key} for row in made.pop("rows")] + [made])
     assert results[0] == results[1] and len(results[0]) == 11
+    status, _, errors = script(eval_kl, tmp_path / "saved", "--teacher", "tiny_teacher", "--device", "cpu")
+    assert status == 2 and "another teacher" in errors
     path = tmp_path / "saved" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     status, _, errors = script(eval_kl, tmp_path / "saved", "--device", "cpu")
@@ -1451,3 +1461,157 @@ def test_a_package_that_gguf_files_need_is_named_where_it_is_missing(gguf_file, 
 
 
 # studies
+
+
+OF_TEACHER = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+              "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+
+
+def run_study(capsys, module, *options):
+    """Run a script's main in this process: its exit status, and what it printed on either stream."""
+    sys.argv = [module.__name__, *map(str, options)]
+    try:
+        return (lft.run_script(module.main) or 0, *capsys.readouterr())
+    except SystemExit as error:
+        return (error.code, *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with a random teacher, a text, and a run of flow matching with its table, all tiny."""
+    folder = tmp_path_factory.mktemp("study")
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(GPTNeoXConfig(**OF_TEACHER)).save_pretrained(folder / "teacher")
+    AutoTokenizer.from_pretrained("tiny_teacher").save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text("".join(open(module.__file__).read() for module in (lft, eval_kl, train_fm, results, spans)))
+    options = f"--seq-len 32 --max-steps 2 --teacher {folder}/teacher --data {folder}/text.txt --device cpu --start 1 --end 4 --out {folder}/run"
+    for module, line in ((train_fm, options), (eval_kl, f"{folder}/run --tokens 128 --json {folder}/run/table.json --device cpu")):
+        sys.argv = ["script", *line.split()]
+        module.main()
+    return folder
+
+
+def like(study, target, shift=0.0, made={}, **changes):
+    """A copy of the run with other options, its table's KLs shifted."""
+    shutil.copytree(study / "run", target)
+    config, weights = lft.read_run(target)
+    config.training |= changes
+    config.__dict__.update({name: changes[name] for name in {"start", "end", "solver", "k"} & changes.keys()})
+    save_file(weights, target / "flow.safetensors", {"config": config.to_json_string(use_diff=False)})
+    table = json.loads((target / "table.json").read_text())
+    rows = [row | {"kl": row["kl"] + shift} for row in table["rows"]]
+    (target / "table.json").write_text(json.dumps(table | {"rows": rows} | made))
+    (target / "log.jsonl").write_text(json.dumps({"tokens": config.training["tokens"], "held_out_kl": shift}) + "\n")
+    return target
+
+
+def test_the_recoupling_ratio_is_that_of_the_best_of_all_pairings_with_most_own_pairs():
+    found, pairings = set(), list(itertools.permutations(range(6)))
+    for seed, copies in itertools.product(range(10), ([0, 1, 2, 3, 4, 5], [0, 0, 2, 3, 4, 4], [0, 0, 0, 0, 4, 5])):
+        x0, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x0, x1 = (x0[copies], x0 + 1.5 * noise)[:: 1 if seed % 2 else -1]  # equal states before the span, or after it
+        cost = torch.stack([(x0 - x1[list(pairing)]).square().sum() for pairing in pairings])
+        best = [pairing for pairing, c in zip(pairings, cost) if c < cost.min() + 1e-9]
+        own = max(sum(i == j for i, j in enumerate(pairing)) for pairing in best)
+        assert spans.recoupling_ratio(x0, x1) == pytest.approx(1 - own / 6)
+        found.add((len(best) > 1, own))
+    assert {tied for tied, _ in found} == {True, False} and len(found) > 5
+
+
+@pytest.mark.parametrize("kind, config", [(GPTNeoXForCausalLM, GPTNeoXConfig), (LlamaForCausalLM, LlamaConfig)])
+def test_every_span_is_measured_between_the_states_of_the_library(monkeypatch, kind, config):
+    torch.manual_seed(0)
+    teacher, ids = kind(config(**OF_TEACHER)).eval().requires_grad_(False), torch.randint(20, (3, 16))  # many equal tokens
+    states = list(teacher(ids, output_hidden_states=True).hidden_states)
+    monkeypatch.setattr(lft.final_norm(teacher), "forward", lambda x: x)  # the library gives the last state after the norm
+    states[6] = teacher(ids, output_hidden_states=True).hidden_states[6]
+    ratio, moved = spans.ratios(teacher, ids)
+    for start, end in itertools.combinations(range(7), 2):
+        pairs = list(zip(states[start], states[end]))
+        assert ratio[start, end].item() == pytest.approx(sum(spans.recoupling_ratio(x0, x1) for x0, x1 in pairs) / 3, abs=1e-6)
+        assert moved[start, end].item() == pytest.approx(sum(((x1 - x0).norm() ** 2 / x1.norm() ** 2).item() for x0, x1 in pairs) / 3, rel=1e-4)
+    assert ratio.isfinite().equal(torch.ones(6, 7).triu(1).bool())
+
+
+def test_spans_names_the_best_span_and_compares_runs(capsys, tmp_path, monkeypatch, study):
+    measured = torch.full((2, 6, 7), torch.nan)  # R, and how far the state is moved: of six layers, spans of two
+    measured[:, range(5), range(2, 7)] = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.4], [0.1, 0.3, 0.2, 0.4, 0.5]])
+    monkeypatch.setattr(spans, "ratios", lambda teacher, rows, title: measured if rows.shape == (4, 32) else None)
+    runs = [like(study, tmp_path / str(start), kl, start=start, end=start + 2) for start, kl in ((0, 0.1), (2, 0.3), (4, 0.2))]
+    options = ["--length", 2, "--teacher", study / "teacher", "--data", study / "text.txt", "--batch", 32, "--tokens", 128]
+    status, printed, _ = run_study(capsys, spans, *options, "--picture", tmp_path / "map.png", "--compare", *runs, f"{runs[0]}/")
+    assert status == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("  layers") and ".." in line] == ["2..3", "1..2", "3..4", "4..5", "0..1"]
+    assert "3 spans share the lowest R" in printed and "--start 2 --end 4" in printed
+    # The KL ranks the runs 1, 3, 2; R 3, 1, 2 and how far they move 1, 2, 3. By hand: 1 - 6 (4 + 4 + 0) / (3 · 8), and with 0 + 1 + 1.
+    assert "over 3 runs: of R -1.00, of how far the span moves the state 0.50" in printed
+    (like(study, tmp_path / "old") / "log.jsonl").write_text('{"tokens": 1, "held_out_kl": 0.1}\n')
+    wrong = [("--compare old", "not end in the score"), ("--compare none", "no run at"), ("--picture no/map.png", "not be written")]
+    monkeypatch.chdir(tmp_path)
+    for option, said in [*wrong, ("--length 7", "6 layers"), ("--length 0", "too small"), ("--batch 65", "--batch")]:
+        assert said in run_study(capsys, spans, *options, *option.split())[2]
+    monkeypatch.setattr(spans, "fingerprint", lambda teacher: "another")
+    assert "is of another teacher" in run_study(capsys, spans, *options, "--compare", runs[0])[2]
+
+
+def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tmp_path, study):
+    kl = {row["name"]: row["kl"] for row in json.loads((study / "run/table.json").read_text())["rows"]}
+    runs = [
+        like(study, tmp_path / "a"), like(study, tmp_path / "b", 0.3, seed=1, out="b", save_every=7, device="cuda", compile=True),
+        like(study, tmp_path / "c", 0.7, lr=0.01), like(study, tmp_path / "d", 0.8, lr=0.02, seed=5),
+        like(study, tmp_path / "e", 0.9, method="fw", solver="midpoint", k=3, alpha=0.0, logit_weight=1.0),
+        like(study, tmp_path / "f", 1.0, method="fw", solver="euler", k=1, alpha=0.1, logit_weight=0.0),
+    ]  # fmt: skip
+    status, printed, errors = run_study(capsys, results, *runs, tmp_path / "e" / ".." / "a", "--pictures", tmp_path / "new" / "p")
+    assert status == 0 and all((tmp_path / "new/p" / name).read_bytes().startswith(b"\x89PNG") for name in ("ladder.png", "evaluations.png", "tokens.png"))
+    rows = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[2:] for line in printed.splitlines()[2:]}
+    assert len(rows) == len(printed.splitlines()) - 2  # no two say the same
+    for name, evaluations in (("euler x1", 1), ("midpoint x3", 6)):
+        shown, base = name.replace("x", "×"), kl[f"LFT {name}"]
+        plain = "flow matching, 0.000512 M tokens, lr {}; " + shown
+        assert rows[plain.format(0.0625)] == [str(evaluations), f"{base + 0.15:.4f} ± {0.3 / 2**0.5:.4f}", "2"]
+        assert rows[plain.format(0.01)][1:] == [f"{base + 0.7:.4f}", "1"] and rows[plain.format(0.02)][1:] == [f"{base + 0.8:.4f}", "1"]
+        assert rows[f"Flow Walking, midpoint ×3 + logits' KL, 0.000512 M tokens; {shown}"][1:] == [f"{base + 0.9:.4f}", "1"]
+    assert rows["regression + 0.1 flow matching, 0.000512 M tokens; euler ×1"] == ["1", f"{kl['LFT euler x1'] + 1:.4f}", "1"]
+    assert str(rows).count("regression") == 1  # it is made for no other number of steps
+    assert rows.keys() >= {"span dropped", "linear map", "skip 2, best inside span", "skip 4, best anywhere"}
+    millions = [like(study, tmp_path / f"m{n}", seed=n, tokens=12_345_678 + n) for n in (0, 1)]  # which round to the same
+    printed = run_study(capsys, results, *millions, "--pictures", tmp_path)[1]
+    assert f"| flow matching, 12.35 M tokens, tokens 12345679; euler ×1 | 1 | {kl['LFT euler x1']:.4f} | 1 |" in printed
+
+
+def test_results_refuses_what_cannot_be_compared(capsys, tmp_path, study):
+    good, stale = like(study, tmp_path / "good"), like(study, tmp_path / "stale", seed=2)
+    config, weights = lft.read_run(stale)
+    assert results.flow_in(config, weights) == lft.fingerprint(lft.load_student(stale)[0].flow)
+    weights["time_mlp.0.bias"][3] += 1e-3
+    save_file(weights, stale / "flow.safetensors", {"config": config.to_json_string(use_diff=False)})
+    (like(study, tmp_path / "none") / "table.json").unlink()
+    like(study, tmp_path / "seq_len", seq_len=16)
+    for name in ("fingerprint", "data", "tokens", "twin"):
+        like(study, tmp_path / name, made={name: "another"})
+    wrong = {"stale": f"flow than the run holds now: python eval_kl.py {stale} --json {stale}/table.json", "none": "): python eval_kl.py"}
+    wrong |= {"fingerprint": "different teachers", "data": "different texts", "tokens": "different texts", "seq_len": "different texts"}
+    for name, said in (wrong | {"twin": "same options and seed", "nowhere": "no run at"}).items():
+        status, printed, errors = run_study(capsys, results, good, tmp_path / name, "--pictures", tmp_path / "pictures")
+        assert status == 2 and printed == "" and said in errors and errors.count("\n") == 1 and not (tmp_path / "pictures").exists(), errors
+
+
+@pytest.mark.parametrize("name", speed.METHODS)
+def test_the_floor_of_speed_is_what_training_multiplies(name):
+    args, cpu = SimpleNamespace(width=32, heads=2, layers=5, start=1, end=4, batch_size=3, seq_len=64), torch.device("cpu")
+    loss_of, solver, k, evaluations = speed.METHODS[name]
+    training = speed.Training(args, cpu, loss_of, solver, k, compiled=False)
+    lft.backbone(training.trunk).config._attn_implementation = training.u.layer.attention.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counted:
+        training.forward_backward(torch.randint(50304, (3, 64)))
+    floor = sum(2 * a.numel() * b.shape[-1] for a, b in speed.matrix_products(args, training.u.layer, evaluations, cpu))
+    assert 1 < counted.get_total_flops() / floor < 1.03  # the rest is of the time embedding
+
+
+def test_speed_prints_its_figures(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    shape = "--width 32 --heads 2 --layers 3 --end 2 --batch-size 2 --seq-len 8 --rounds 2 --device cpu".split()
+    printed = run_study(capsys, speed, *shape)[1]
+    assert printed.count("tokens per second") == printed.count("optimizers") == 4 and "GiB on cpu" in printed
+    assert "no span" in run_study(capsys, speed, *shape, "--end", 4)[2] and "--width 32" in run_study(capsys, speed, *shape, "--heads", 3)[2]

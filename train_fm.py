@@ -54,6 +54,18 @@ def one_or_more(text):
     return int(text)
 
 
+def seed_number(text):
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give 0 to 2147483647")
+    return int(text)
+
+
+def zero_or_more(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no weight: give 0 or more")
+    return float(text)
+
+
 def above_zero(text):
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
@@ -78,7 +90,7 @@ def make_parser(description, method, start, end):
     add("--accumulate", type=one_or_more, default=1, help="parts in which a process takes its sequences of a step, to save memory (default %(default)s)")
     add("--seq-len", type=one_or_more, help="tokens in a sequence (default: half the teacher's positions, at most 1024)")
     add("--lr", type=above_zero, help="peak learning rate (default: 2 / the teacher's width)")
-    add("--seed", type=int, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
+    add("--seed", type=seed_number, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
     return parser
@@ -104,7 +116,7 @@ def parse_arguments(parser, method):
         raise InputError(f"{args.resume} is a run of train_{checkpoint['method']}.py: resume it with that")
     parser.set_defaults(**saved)
     args = parser.parse_args()
-    free = {"resume", "out", "max_steps", "save_every", "device", "compile", "teacher"}
+    free = {"resume", "max_steps", "save_every", "device", "compile", "teacher"}
     changed = [name for name, value in vars(args).items() if name not in free and value != saved[name]]
     if changed:
         raise InputError(f"{args.resume} was trained with --{changed[0].replace('_', '-')} {saved[changed[0]]}: leave that option out")
@@ -296,8 +308,8 @@ def train(args, checkpoint, method, loss_of, solver, k):
     u = torch.compile(velocity) if args.compile else velocity
 
     # 3. The loop
-    if rank == 0:
-        write_log(args.out, log)  # and see now whether the folder can be written to
+    if rank == 0 and not (Path(args.out) / "log.jsonl").exists():
+        write_log(args.out, log)  # to see now whether the folder can be written to
     span = f"layers {args.start}..{args.end - 1}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces {span}", rank)
     SIGNALS.clear()
@@ -316,7 +328,7 @@ def train(args, checkpoint, method, loss_of, solver, k):
             part.backward()
             loss += part.detach()
         figures = torch.stack([loss, torch.full_like(loss, len(SIGNALS))])
-        average([figures, *(weight.grad for weight in weights)], world_size)  # all processes see the same and decide alike
+        average([figures, *(weight.grad for weight in weights if weight.grad is not None)], world_size)  # so all processes decide alike
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         loss, stop = figures.tolist()
         check_finite(step, args.out, loss=loss, gradient_norm=norm)

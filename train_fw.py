@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from eval_kl import kl_divergence, log_probabilities
 from lft import SOLVERS, integrate, run_script
-from train_fm import flow_matching_loss, make_parser, one_or_more, parse_arguments, train
+from train_fm import flow_matching_loss, make_parser, one_or_more, parse_arguments, train, zero_or_more
 
 
 def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0):
@@ -41,8 +41,8 @@ def main():
     add = parser.add_argument
     add("--k", type=one_or_more, default=3, help="steps of the walk (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
-    add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
-    add("--logit-weight", type=float, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
+    add("--alpha", type=zero_or_more, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
+    add("--logit-weight", type=zero_or_more, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
     args, checkpoint = parse_arguments(parser, "fw")
     own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight}
     train(args, checkpoint, "fw", functools.partial(flow_walking_loss, **own), args.solver, args.k)
