@@ -9,7 +9,6 @@ and the rest for the test, which is reported.
 """
 import glob
 import hashlib
-import itertools
 import sysconfig
 from pathlib import Path
 

@@ -9,7 +9,6 @@ by `replace_span`, and all are scored and timed in the same way, in float32.
 import argparse
 import itertools
 import json
-import math
 import statistics
 import time
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from data import held_out_rows, training_rows
 from lft import (
-    EVALUATIONS, SOLVERS, FlowLayer, InputError, backbone, final_norm, fingerprint, hidden_pair, load_student, load_teacher,
+    SOLVERS, FlowLayer, InputError, backbone, final_norm, fingerprint, hidden_pair, load_student, load_teacher,
     pick_device, record_inputs, replace_span, run_script, share, trunk_of, write_whole,
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a test of a name on the hub is not to wait for the hub
 
@@ -32,13 +33,18 @@ import transformers
 import zstandard
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, modeling_gguf_pytorch_utils, modeling_utils
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
+    modeling_gguf_pytorch_utils, modeling_utils,
+)  # fmt: skip
 
 import data
 import eval_kl
 import lft
 import train_fm
 import train_fw
+from studies import results, spans, speed
 
 HERE = Path(__file__).parent
 FAMILIES = {
