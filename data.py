@@ -1,11 +1,11 @@
-"""Text: rows of seq_len token ids without end, read from a place that can be saved and gone back to.
+"""Text as rows of seq_len token ids. Training rows never end, and the place in them can be saved and restored.
 
 `data` is "stdlib", the source of the running Python's standard library; a text file, or a glob of them; or a data set with
 a column "text", on the hub or in a folder, or its files (.jsonl, .parquet or .csv, compressed or not).
 
 Held-out text is never trained on. Of the standard library it is 1 file in 20; of a data set its validation or test split;
-of all else the last twentieth of each document. Every other held-out row is for validation, which choices may be made by,
-and the rest for the test, which is reported.
+of all else the last twentieth of each document. Of the held-out rows every other one is for validation, which settings may
+be chosen by; the rest are for the test, which is reported.
 """
 import glob
 import hashlib
@@ -48,7 +48,8 @@ def open_text(data, held_out):
     if kinds_of(files) == {"text"}:
         return Dataset.from_dict({"text": [Path(path).read_text(encoding="utf-8") for path in files]}), True
     if files:
-        return load_dataset(*kinds_of(files), data_files=files, split="train", streaming=True), True
+        (kind,) = kinds_of(files)
+        return load_dataset(kind, data_files=files, split="train", streaming=True), True
     books = any(Path(data).rglob("*.txt")) and kinds_of(Path(data).rglob("*.*")) == {"text"}
     as_text = {"sample_by": "document"} if books else {}  # or each line would be a document
     splits = load_dataset(data, streaming=True, **as_text)
@@ -56,7 +57,7 @@ def open_text(data, held_out):
         if name in splits:
             return splits[name if held_out else "train"], False
         try:  # the Pile's folder train/ hides the files beside it
-            hidden = load_dataset(data, data_files=f"{name[:3]}*", split="train", streaming=True, **as_text)
+            hidden = load_dataset(data, data_files=f"{name[:3]}*", split="train", streaming=True, **as_text)  # val*, tes*
             return hidden if held_out else splits["train"], False
         except FileNotFoundError:
             continue
@@ -66,8 +67,8 @@ def open_text(data, held_out):
 def pack(rows, numbers, tokenizer, seq_len, part):
     """Join documents, each closed by the end-of-text token, and cut them into rows of seq_len tokens.
 
-    part: of each document, a slice's two ends as shares of its length. Beside its "ids" each row has the number of the
-    "document" in which it begins.
+    part: the slice of each document to keep, (begin, end) as shares of its length. Beside its "ids" each row has the number of
+    the "document" in which it begins.
     """
     texts = {number: text[int(part[0] * len(text)) : int(part[1] * len(text))] for number, text in zip(numbers, rows["text"]) if text is not None}
     ids, documents = [], []
@@ -93,7 +94,7 @@ def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
         part = ((0.95, 1) if held_out else (0, 0.95)) if whole else (0, 1)
         options = {"tokenizer": tokenizer, "seq_len": seq_len, "part": part}
         rows = rows.map(pack, batched=True, batch_size=batch_size, with_indices=True, remove_columns=["text"], fn_kwargs=options)
-        for _ in rows:
+        for _ in rows:  # there is a row at least
             return rows
     except UNREADABLE as error:
         raise InputError(

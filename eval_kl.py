@@ -102,7 +102,7 @@ class LinearLayer(nn.Linear):
         return super().forward(x)
 
 
-LINEAR_TOKENS = 262_144  # of training text, far more than the map has weights
+LINEAR_TOKENS = 262_144  # of training text; each output is fitted by hidden + 1 weights, so this is plenty
 
 
 def fit_linear(teacher, batches, start, end):
@@ -244,14 +244,16 @@ def print_table(table, config):
     kl = {row["name"]: row["kl"] for row in table}
     trained = f"LFT {config.solver} x{config.k}"
     for n, (what, method, skip) in PAPER.items():
-        ratios = [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in kl if name.startswith(f"skip {n},")]
+        names = [name for name in kl if name.startswith(f"skip {n},") and "mean" not in name]  # a mean is of fewer tokens
+        ratios = [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in names]
         if ratios:
             print(f"{trained}, KL over skip {n}'s: {', '.join(ratios)} (paper, {what}: {method} / {skip} = {method / skip:.2f})")
     print(
-        f"\nKL(teacher || student) in nats per token ± standard error over documents, NMSE of the state entering layer {config.end},\n"
-        "perplexity: lower is better. Top-1, how often the top token is the teacher's: higher is better. Time over the\n"
-        "teacher's: prefill, a row at once; decode, token by token with a cache (-: more evaluations than cache slots);\n"
-        "ideal, layers and evaluations over the teacher's layers."
+        "\nKL:      KL(teacher || student) in nats per token ± standard error over documents; lower is better\n"
+        f"NMSE:    squared error of the state entering layer {config.end} over that state's squared norm; lower is better\n"
+        "perpl.:  perplexity of the text; lower is better. top-1: how often the likeliest token is the teacher's; higher is better\n"
+        "time over the teacher's: prefill, a whole row; decode, tokens one by one with a cache (-: more evaluations than cache\n"
+        "         slots); ideal, layers plus velocity evaluations"
     )
     if len({row["tokens"] for row in table}) > 1:
         print(f"Means over placements are of {min(row['tokens'] for row in table):,} of the tokens (geometric for the perplexity).")
@@ -283,7 +285,6 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     student, _ = load_student(args.run, args.teacher, device)
-    student.requires_grad_(False)
     config = student.config
     teacher, tokenizer = load_teacher(args.teacher or config.teacher, device)
     if fingerprint(teacher) != config.fingerprint:

@@ -137,15 +137,16 @@ class FlowLayer(GradientCheckpointingLayer):
 
     @property
     def evaluations(self):
-        """Of the velocity, for each token."""
+        """How many times the velocity is evaluated for each token."""
         if self.solver not in SOLVERS or self.k < 1:
             raise InputError(f"{self.solver} x{self.k} is no way to integrate: give {' or '.join(SOLVERS)}, and k of 1 or more")
         return self.k * EVALUATIONS[self.solver]
 
     def forward(self, x, **context):
         attentions = [module for module in self.velocity.modules() if hasattr(module, "layer_idx")]
-        needed, cached = self.evaluations * len(attentions), context.get("past_key_values", context.get("layer_past")) is not None
-        if cached and needed > self.end - self.start:
+        needed = self.evaluations * len(attentions)
+        cache = context.get("past_key_values", context.get("layer_past"))  # GPT-NeoX calls it layer_past
+        if cache is not None and needed > self.end - self.start:
             raise InputError(
                 f"{self.solver} x{self.k} needs {needed} cache slots, and the {self.end - self.start} "
                 "replaced layers leave one each: take fewer steps k, or call the model with use_cache=False"
@@ -196,7 +197,7 @@ def replace_span(teacher, start, end, layer=None):
     model, layer = share(teacher, layer)
     layers = backbone(model).layers
     for depth, kept in enumerate(layers):
-        kept.depth = depth  # its place in the teacher
+        kept.depth = depth  # its place in the teacher, by which eval_kl.py finds what stands for the input of layer `end`
     backbone(model).layers = nn.ModuleList([*layers[:start], *([] if layer is None else [layer]), *layers[end:]])
     if layer is None:  # a shorter model of the same kind, whose layers count their cache slots anew
         model.config.num_hidden_layers = len(backbone(model).layers)
@@ -225,23 +226,23 @@ def record_inputs(*modules):
             hook.remove()
 
 
+def trunk_of(teacher, end):
+    """The teacher's layers [0, end) as a model; the state x1 is what enters its final norm."""
+    number = len(backbone(teacher).layers)
+    return replace_span(teacher, end, number) if end < number else share(teacher)[0]
+
+
 @torch.no_grad()
 def hidden_pair(trunk, ids, start):
     """The training pair of a span: the states x0 entering layer `start` and x1 entering layer `end`, for the same tokens.
 
-    trunk: the teacher's layers [0, end), a model (see `trunk_of`). ids: (batch, seq), without padding. Returns x0 and x1, both
+    trunk: what `trunk_of(teacher, end)` returned. ids: (batch, seq), without padding. Returns x0 and x1, both
     (batch, seq, hidden), and the context that the teacher itself calls layer `start` with, a dict, to call the velocity with.
     """
     with record_inputs(backbone(trunk).layers[start], final_norm(trunk)) as calls:
         backbone(trunk)(ids, use_cache=False)
     (x0, context), (x1, _) = calls
     return x0, x1, context
-
-
-def trunk_of(teacher, end):
-    """The teacher without the layers from `end` on, as a model: x1 is what enters its final norm."""
-    number = len(backbone(teacher).layers)
-    return replace_span(teacher, end, number) if end < number else share(teacher)[0]
 
 
 # 5. The teacher
@@ -283,7 +284,10 @@ def load_teacher(name, device="cpu"):
 
 @torch.no_grad()
 def fits(teacher):
-    """Whether this teacher's layers are made as VelocityBlock takes them to be, and all attend alike; tried on a few tokens."""
+    """Whether this teacher's layers compute what VelocityBlock assumes, and all attend alike; the last is tried on a few tokens.
+
+    The formula is written out again, since a fork may change VelocityBlock, and which teachers fit is not to change with it.
+    """
     if len(set(getattr(teacher.config, "layer_types", None) or [None])) > 1:
         return False
     try:
@@ -443,7 +447,7 @@ def load_student(folder, teacher=None, device="cpu"):
     if (Path(folder) / "config.json").exists():
         try:
             if code.exists() and code.read_bytes() != Path(__file__).read_bytes():
-                print(f"{code} differs from {__file__}, which is used", file=sys.stderr)
+                print(f"note: {code} differs from {__file__}, and the latter is used", file=sys.stderr)
             student = LFTForCausalLM.from_pretrained(folder, dtype=torch.float32)
             return student.to(device), AutoTokenizer.from_pretrained(folder, config=student.config)
         except UNREADABLE as error:
@@ -457,7 +461,7 @@ def load_student(folder, teacher=None, device="cpu"):
         student.flow.velocity.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"run {folder} was built by another velocity class of the same name: use the code that trained it") from error
-    return student.requires_grad_(True).eval().to(device), tokenizer
+    return student.requires_grad_(True).eval().to(device), tokenizer  # ready to be tuned end to end
 
 
 # 8. What the scripts share
@@ -472,6 +476,8 @@ def pick_device(name=None):
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what NCCL gathers by, and what torch.cuda.synchronize waits for
         return device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         raise InputError(f"--device {name} is not there: use --device cpu") from error

@@ -89,7 +89,7 @@ def make_parser(description, method, start, end):
     add("--batch-size", type=one_or_more, default=8, help="sequences in a step, of all processes together (default %(default)s)")
     add("--accumulate", type=one_or_more, default=1, help="parts in which a process takes its sequences of a step, to save memory (default %(default)s)")
     add("--seq-len", type=one_or_more, help="tokens in a sequence (default: half the teacher's positions, at most 1024)")
-    add("--lr", type=above_zero, help="peak learning rate (default: 2 / the teacher's width)")
+    add("--lr", type=above_zero, help="learning rate, before warm-up and decay (default: 2 / the teacher's width)")
     add("--seed", type=seed_number, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
@@ -163,12 +163,12 @@ def initialize(velocity, teacher, args):
 
 def optimizers_of(velocity, lr):
     """Muon for the matrices of the velocity's layer, AdamW for the rest; Muon's steps are scaled so that one lr suits both."""
-    weights = dict(velocity.named_parameters())
-    matrices = {name for name, weight in weights.items() if weight.ndim == 2 and not name.startswith("time_mlp")}
-    by_muon, by_adamw = ([weight for name, weight in weights.items() if (name in matrices) == is_matrix] for is_matrix in (True, False))
+    matrices, others = [], []
+    for name, weight in velocity.named_parameters():
+        (matrices if weight.ndim == 2 and not name.startswith("time_mlp") else others).append(weight)
     return [
-        torch.optim.Muon(by_muon, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(by_adamw, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
     ]
 
 
@@ -205,9 +205,11 @@ def finish_step(number, frame):
 
 
 def restore(checkpoint, args, config, velocity, optimizers, text, rank, world_size):
-    """Put back what a checkpoint holds; returns the steps done and the log. There is no random state: steps draw from their number."""
-    if checkpoint["fingerprint"] != config.fingerprint or len(checkpoint["text"]) != world_size:
-        raise InputError(f"{args.out} needs {args.teacher} as it was, and {len(checkpoint['text'])} processes, to go on")
+    """Put back what a checkpoint holds; returns the steps done and the log. No random state is stored: each step seeds from its number."""
+    if checkpoint["fingerprint"] != config.fingerprint:
+        raise InputError(f"{args.out} was trained on another teacher than {args.teacher} as it is now: give that one by --teacher")
+    if len(checkpoint["text"]) != world_size:
+        raise InputError(f"{args.out} was trained by {len(checkpoint['text'])} processes, not {world_size}: resume it with as many")
     velocity.load_state_dict(checkpoint["velocity"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
@@ -256,7 +258,9 @@ def step_all(optimizers, lr):
 
 def average(tensors, world_size):
     """Replace tensors by their means over all processes."""
-    for tensor in tensors if world_size > 1 else ():
+    if world_size == 1:
+        return
+    for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= world_size
 
@@ -270,7 +274,7 @@ def gather(state, world_size):
 
 
 def check_finite(step, out, **figures):
-    """Raise InputError unless all figures are finite: nothing else is ever stepped on or saved."""
+    """Raise InputError unless all figures are finite, so that no step is taken with what is not, and nothing saved from it."""
     if not all(map(math.isfinite, figures.values())):
         said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
         raise InputError(f"step {step} gave {said}: lower --lr; {out} is as it was last saved")
@@ -327,12 +331,12 @@ def train(args, checkpoint, method, loss_of, solver, k):
                 part = loss_of(functools.partial(u, **context), x0, x1, functools.partial(logits_after, head)) / args.accumulate
             part.backward()
             loss += part.detach()
-        figures = torch.stack([loss, torch.full_like(loss, len(SIGNALS))])
-        average([figures, *(weight.grad for weight in weights if weight.grad is not None)], world_size)  # so all processes decide alike
+        figures = torch.stack([loss, torch.full_like(loss, len(SIGNALS))])  # averaged as the gradients are, so that all decide alike
+        average([figures, *(weight.grad for weight in weights if weight.grad is not None)], world_size)
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
-        loss, stop = figures.tolist()
+        loss, stop = figures.tolist()  # stop is above 0 once any process was told to
         check_finite(step, args.out, loss=loss, gradient_norm=norm)
-        lr = args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)  # straight down to 0, after a short warm-up
+        lr = args.lr * min(1, step / WARM_UP) * (1 - (step - 1) / args.max_steps)  # straight down to 0, and less in the first steps
         step_all(optimizers, lr)
         losses.append(loss)
         saving = step % args.save_every == 0 or step == args.max_steps or stop

@@ -29,7 +29,7 @@ except ImportError as error:
 SHOWN = ("LFT euler x1", "LFT euler x3", "LFT midpoint x1", "LFT midpoint x2", "LFT midpoint x3")
 BASELINES = (
     "span dropped", "linear map",
-    *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "best anywhere")),
+    *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "first of span", "best anywhere")),
 )  # fmt: skip
 DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
 # What changes no result, or only how it is rounded; the teacher's name, since its fingerprint is compared.
