@@ -902,7 +902,7 @@ def test_a_run_is_trained_longer_and_other_options_are_refused(script, options, 
     assert script(train_fm, "--resume", run, "--max-steps", 6)[0] == 0
     assert checkpoint_of(run)["step"] == 6 and [line["tokens"] for line in logged(run)] == [3 * 4 * 32, 6 * 4 * 32]
     assert logged(run)[-1]["lr"] == pytest.approx(2 / 32 * 6 / 50 / 6) and config_of(run)["training"]["max_steps"] == 6
-    saved = (run / "checkpoint.pt").read_bytes()
+    saved, good = (run / "checkpoint.pt").read_bytes(), checkpoint_of(run)
 
     def refused(word, *more, module=train_fm, checkpoint=None):
         (run / "checkpoint.pt").write_bytes(saved)
@@ -917,8 +917,8 @@ def test_a_run_is_trained_longer_and_other_options_are_refused(script, options, 
     refused("--seed", "--seed", 1)
     refused("larger --max-steps", "--max-steps", 6)
     refused("train_fm.py", module=train_fw)
-    refused("as it was", checkpoint=checkpoint_of(run) | {"fingerprint": "another"})
-    refused("2 processes", checkpoint=checkpoint_of(run) | {"text": checkpoint_of(run)["text"] * 2})
+    refused("another teacher", checkpoint=good | {"fingerprint": "another"})
+    refused("2 processes", checkpoint=good | {"text": good["text"] * 2})
     refused("no checkpoint", checkpoint={"weights": 1})
     refused("no checkpoint", checkpoint=print)  # a pickled function, which is not loaded
     (run / "checkpoint.pt").unlink()
