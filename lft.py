@@ -341,18 +341,20 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = LFTConfig
+    velocity_class = VelocityBlock
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config, teacher=None):
         super().__init__(config)
-        if config.velocity not in (None, VelocityBlock.__name__):
+        if config.velocity not in (None, self.velocity_class.__name__):
             raise InputError(f"this student was built by another velocity class, {config.velocity}: load it with the code that trained it")
-        config.velocity = VelocityBlock.__name__
+        config.velocity = self.velocity_class.__name__
         teacher = AutoModelForCausalLM.from_config(config.text_config) if teacher is None else teacher
         check_span(teacher, config.start, config.end)
-        flow = FlowLayer(VelocityBlock(backbone(teacher).layers[config.start]), config.start, config.end, config.solver, config.k)
+        velocity = self.velocity_class(backbone(teacher).layers[config.start])
+        flow = FlowLayer(velocity, config.start, config.end, config.solver, config.k)
         self.model = replace_span(teacher, config.start, config.end, flow)
         self.config.text_config = self.model.config
         self.post_init()

@@ -1423,7 +1423,7 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
 
 def test_a_student_of_another_velocity_class_is_refused(small, tmp_path, monkeypatch):
     student_of(small, 1, 4).save_pretrained(tmp_path)
-    monkeypatch.setattr(lft, "VelocityBlock", TwoAttentions)
+    monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
     with pytest.raises(lft.InputError, match="another velocity class"):
         lft.LFTForCausalLM.from_pretrained(tmp_path)
 
