@@ -1421,6 +1421,17 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_what_is_pushed_to_a_hub_is_the_folder_that_loads(small, tmp_path, monkeypatch):
+    """transformers' own means, up to the upload, for which a copy of the folder stands in."""
+    student = student_of(small, 1, 4)
+    hub = SimpleNamespace(create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
+    monkeypatch.setattr(type(student), "_upload_modified_files", lambda self, folder, *args, **options: shutil.copytree(folder, tmp_path / "hub"))
+    student.push_to_hub("someone/student")
+    assert (tmp_path / "hub" / "lft.py").read_bytes() == Path(lft.__file__).read_bytes()
+    assert is_equal(dict(student.state_dict()), dict(lft.LFTForCausalLM.from_pretrained(tmp_path / "hub").state_dict()))
+
+
 def test_a_student_of_another_velocity_class_is_refused(small, tmp_path, monkeypatch):
     student_of(small, 1, 4).save_pretrained(tmp_path)
     monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
