@@ -987,7 +987,7 @@ KILLS = int(os.environ.get("KILLS", 4))
 
 def test_a_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(start_process, options, tmp_path):
     """kill -9 at random moments, in the middle of a save too; what comes out in the end is the run that nobody killed."""
-    options += ["--batch-size", 1, "--max-steps", 20 + 5 * KILLS, "--save-every", 1]
+    options += ["--batch-size", 1, "--max-steps", 20 + 20 * KILLS, "--save-every", 1]
     run, chance = tmp_path / "killed", random.Random(0)
     checkpoint = run / "checkpoint.pt"
 
@@ -1010,7 +1010,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(start_proce
         process.join()
         assert process.exitcode == 0
     assert_equal_runs(tmp_path / "whole", run)
-    assert [line["step"] for line in logged(run)] == list(range(1, 21 + 5 * KILLS))
+    assert [line["step"] for line in logged(run)] == list(range(1, 21 + 20 * KILLS))
 
 
 def test_a_standard_output_that_nobody_reads_does_not_lose_the_run(start_process, options, tmp_path):
