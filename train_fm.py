@@ -32,15 +32,26 @@ from lft import (
 )  # fmt: skip
 
 
-def flow_matching_loss(velocity, x0, x1, logits=None, time_power=1.0):
+def mean_square(error, x1, token_power):
+    """The mean over tokens of each one's squared error, divided by its |x1| to the power token_power.
+
+    error, x1: (batch, seq, hidden). 0 is the paper's plain mean. Language models have a few tokens, the first of a sequence above
+    all, whose states are a hundred times longer than the others': a plain mean sees little else, and 2 hardly sees them, on
+    which all later attention leans. 1 stands between; it is ours.
+    """
+    size = x1.square().mean(dim=-1).sqrt()  # |x1| / √hidden, (batch, seq)
+    return (error.square().mean(dim=-1) / size**token_power).mean()
+
+
+def flow_matching_loss(velocity, x0, x1, logits=None, time_power=1.0, token_power=0.0):
     """Flow matching (Eq. 3, Alg. 1): E‖u((1 − t) x0 + t x1, t) − (x1 − x0)‖², the straight path's own velocity.
 
-    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). logits: not used. Returns the mean over all elements.
+    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). logits: not used. Returns a number, by `mean_square`.
     time_power: t is uniform to this power; 1 is the paper's, above it early times come oftener, which is ours.
     """
     t = torch.rand(len(x0), 1, 1, device=x0.device) ** time_power  # one time for each sequence
     x_t = (1 - t) * x0 + t * x1
-    return (velocity(x_t, t) - (x1 - x0)).float().square().mean()
+    return mean_square(velocity(x_t, t) - (x1 - x0), x1, token_power)
 
 
 WARM_UP = 50  # steps
@@ -89,7 +100,8 @@ def make_parser(description, method, start, end):
     add("--batch-size", type=one_or_more, default=8, help="sequences in a step, of all processes together (default %(default)s)")
     add("--accumulate", type=one_or_more, default=1, help="parts in which a process takes its sequences of a step, to save memory (default %(default)s)")
     add("--seq-len", type=one_or_more, help="tokens in a sequence (default: half the teacher's positions, at most 1024)")
-    add("--lr", type=above_zero, help="learning rate, before warm-up and decay (default: 2 / the teacher's width)")
+    add("--lr", type=above_zero, default=1 / 64, help="learning rate, before warm-up and decay (default %(default)s)")
+    add("--token-power", type=zero_or_more, default=1.0, help="each token's squared error is divided by its |x1| to this power: 0 is the paper's plain mean, 1 ours (default %(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
     add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
@@ -143,7 +155,6 @@ def fit_arguments(args, teacher):
     """Fill in the defaults that depend on the teacher; raises InputError if it has no such positions."""
     positions = teacher.config.max_position_embeddings
     args.seq_len = args.seq_len or min(1024, positions // 2)
-    args.lr = args.lr or 2 / teacher.config.hidden_size
     if not 2 <= args.seq_len <= positions:
         raise InputError(f"--seq-len {args.seq_len} does not fit this teacher: give 2 to {positions}, its number of positions")
 
@@ -247,6 +258,12 @@ def logits_after(head, x):
     return head(inputs_embeds=x, use_cache=False).logits
 
 
+def describe_tokens(x0, x1):
+    """How unevenly a span moves its tokens, in words; x0, x1: (batch, seq, hidden)."""
+    moved = (x1 - x0).float().square().sum(dim=-1).flatten()
+    return f"{moved.max() / moved.median():,.1f} times the median's |x1 − x0|², and {moved.max() / moved.sum():.1%} of the sum"
+
+
 def step_all(optimizers, lr):
     """Take a step with this learning rate, and clear the gradients."""
     for optimizer in optimizers:
@@ -316,6 +333,10 @@ def train(args, checkpoint, method, loss_of, solver, k):
         write_log(args.out, log)  # to see now whether the folder can be written to
     span = f"layers {args.start}..{args.end - 1}, {args.end - args.start} of {teacher.config.num_hidden_layers}"
     say(f"teacher {args.teacher}, data {args.data}, on {device}: one flow replaces {span}", rank)
+    with autocast(device):
+        x0, x1, _ = hidden_pair(trunk, validation[:4].to(device), args.start)
+    say(f"of {x0[..., 0].numel():,} held-out tokens the one that the span moves most has {describe_tokens(x0, x1)}", rank)
+    say(f"each token's squared error is divided by its |x1| to the power {args.token_power:g} (--token-power 0: the paper's plain mean)", rank)
     SIGNALS.clear()
     handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
     rows, tokens, losses = iter(text), args.batch_size * args.seq_len, []  # tokens of a step, losses since the last line of the log
@@ -376,7 +397,7 @@ def main():
     parser = make_parser(__doc__.splitlines()[0], "fm", 6, 12)
     parser.add_argument("--time-power", type=above_zero, default=1.0, help="times are uniform draws to this power: 1 is the paper's, above it early times come oftener, ours (default %(default)s)")
     args, checkpoint = parse_arguments(parser, "fm")
-    train(args, checkpoint, "fm", functools.partial(flow_matching_loss, time_power=args.time_power), solver="midpoint", k=1)
+    train(args, checkpoint, "fm", functools.partial(flow_matching_loss, time_power=args.time_power, token_power=args.token_power), solver="midpoint", k=1)
 
 
 if __name__ == "__main__":

@@ -10,25 +10,24 @@ the last one landed, ends at the right x1. The training loop is that of train_fm
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from eval_kl import kl_divergence, log_probabilities
 from lft import SOLVERS, integrate, run_script
-from train_fm import flow_matching_loss, make_parser, one_or_more, parse_arguments, train, zero_or_more
+from train_fm import flow_matching_loss, make_parser, mean_square, one_or_more, parse_arguments, train, zero_or_more
 
 
-def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0):
+def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0, token_power=0.0):
     """Flow Walking (Eq. 8, Alg. 2): E‖x̂1 − x1‖², where x̂1 is x0 walked in k steps through times 0 < t1 < … < 1.
 
     velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all steps; the times are sorted
-    uniforms. Returns the mean over all elements. alpha: above 0 it is the hybrid (Eq. 9), L_FW + α·L_FM. logit_weight: that
+    uniforms. Returns a number, by `mean_square`. alpha: above 0 it is the hybrid (Eq. 9), L_FW + α·L_FM. logit_weight: that
     many times KL(logits(x1) || logits(x̂1)), in nats per token, is added, which is ours.
     """
     inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
-    loss = F.mse_loss(x1_hat, x1)  # Eq. 8
+    loss = mean_square(x1_hat - x1, x1, token_power)  # Eq. 8
     if alpha:
-        loss = loss + alpha * flow_matching_loss(velocity, x0, x1)  # Eq. 9
+        loss = loss + alpha * flow_matching_loss(velocity, x0, x1, token_power=token_power)  # Eq. 9
     if logit_weight:
         with torch.no_grad():
             log_p = log_probabilities(logits(x1))
@@ -44,7 +43,7 @@ def main():
     add("--alpha", type=zero_or_more, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
     add("--logit-weight", type=zero_or_more, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
     args, checkpoint = parse_arguments(parser, "fw")
-    own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight}
+    own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight, "token_power": args.token_power}
     train(args, checkpoint, "fw", functools.partial(flow_walking_loss, **own), args.solver, args.k)
 
 

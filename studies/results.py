@@ -1,13 +1,14 @@
-"""Put the tables of several runs together: a Markdown table of means over seeds, and the pictures of the README.
+"""Put the tables of several runs together: a Markdown table of means over seeds, and the pictures.
 
     python eval_kl.py runs/fw-6-18-seed0 --json runs/fw-6-18-seed0/table.json    # for each run
     python studies/results.py runs/fw-6-18-seed* runs/fm-6-12-seed*
 
-Runs are seeds of one method where all that trained them is the same but the seed. Draws KL against layers replaced, velocity
-evaluations and training tokens. Needs studies/requirements.txt.
+Runs are seeds of one method where all that trained them is the same but the seed. Draws a bar for each method, and KL against velocity
+evaluations, time and training tokens. Needs studies/requirements.txt.
 """
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import namedtuple
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from eval_kl import SKIPS
+from eval_kl import PAPER, SKIPS
 from lft import InputError, LFTConfig, LFTForCausalLM, fingerprint, first_line, read_run, run_script
 from studies.spans import read_curve
 
@@ -31,7 +32,7 @@ BASELINES = (
     "span dropped", "linear map",
     *(f"skip {n}, {where}" for n in SKIPS for where in ("best inside span", "mean inside span", "first of span", "best anywhere")),
 )  # fmt: skip
-DRAWN = {"span dropped": "-", "linear map": ":", "skip 3, best inside span": "--", "skip 2, best inside span": "-."}
+SKIPPED = {6: 2, 12: 3}  # the paper's pairs: so many layers skipped are beside so many replaced
 # What changes no result, or only how it is rounded; the teacher's name, since its fingerprint is compared.
 NO_MATTER = {"seed", "out", "resume", "overwrite", "device", "compile", "save_every", "accumulate", "teacher"}
 
@@ -181,65 +182,87 @@ def plain_logarithmic(axes, name):
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_ladder(groups, colors, path):
-    """KL against layers replaced: what skipping costs, and what each way to put one layer in their place leaves."""
-    figure, axes = pyplot.subplots(figsize=(9, 4.4), layout="constrained")
-    start, end = widest = max(groups, key=lambda span: span[1] - span[0])  # the span whose skips are drawn
-    rows = shared_rows(groups[widest])
-    for where, style in (("best inside span", "v--"), ("mean inside span", "v:"), ("best anywhere", "v-.")):
-        ladder = [(n, rows[f"skip {n}, {where}"]["kl"]) for n in SKIPS if f"skip {n}, {where}" in rows]
-        if ladder:
-            axes.plot(*zip(*ladder), style, color="gray", ms=4, lw=1, label=f"skipped, {where.replace('span', f'{start}..{end - 1}')}")
-    points = {}  # (label, color, marker): [(layers, KL)]
-    for (start, end), methods in groups.items():
-        rows = shared_rows(methods)
-        for name, marker in (("span dropped", "x"), ("linear map", "+")):
-            if name in rows:
-                points.setdefault((name, "gray", marker), []).append((end - start, rows[name]["kl"]))
-        for method, runs in methods.items():
-            points.setdefault((method, colors[method], "o"), []).append((end - start, mean_kl(runs, as_trained(runs[0].config))[1]))
-    for (label, color, marker), xy in points.items():
-        axes.plot(*zip(*xy), marker, color=color, ms=7, fillstyle="none", mew=1.5, label=label)
-    axes.set(xlabel="layers replaced by one, or skipped", ylabel="KL from the teacher, nats per token")
-    plain_logarithmic(axes, "y")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    figure.legend(loc="outside right upper", fontsize=8)
+def in_short(methods):
+    """Methods by a shorter name, without the number of tokens where that tells none of them apart: {method: name}."""
+    short = {method: re.sub(r", [\d.e+]+ M tokens", "", method) for method in methods}
+    return short if len(set(short.values())) == len(short) else {method: method for method in methods}
+
+
+def bars_of(methods, skipped):
+    """The bars of one span, (name, KL): each method as it was trained, and what else could stand there; lowest KL last."""
+    rows, names = shared_rows(methods), in_short(methods)
+    bars = [(names[method], mean_kl(runs, as_trained(runs[0].config))[1]) for method, runs in methods.items()]
+    others = ("span dropped", "linear map", f"skip {skipped}, best inside span", f"skip {skipped}, mean inside span")
+    bars += [(name, rows[name]["kl"]) for name in others if name in rows]
+    return sorted(bars, key=lambda bar: -bar[1])
+
+
+def draw_bars(groups, path):
+    """For each span a bar for each method, and for skipping a third or a quarter of it, beside the paper's pair."""
+    spans = {span: methods for span, methods in groups.items() if span[1] - span[0] in SKIPPED}
+    if not spans:
+        return
+    figure, panels = pyplot.subplots(1, len(spans), figsize=(6 * len(spans), 3.4), layout="constrained", squeeze=False)
+    for axes, ((start, end), methods) in zip(panels[0], spans.items()):
+        skipped = SKIPPED[end - start]
+        what, method, skip = PAPER[skipped]
+        bars = [(f"paper, skip {skipped}", skip), (f"paper, {what.split(' by ')[1]}", method), *bars_of(methods, skipped)]
+        widest = 1.8 * sorted(kl for _, kl in bars)[-2]  # one bar may be cut, and says its length
+        for number, (name, kl) in enumerate(bars):
+            color = "C1" if name.startswith("paper") else "C0" if name in in_short(methods).values() else "lightgray"
+            axes.barh(number, min(kl, widest), color=color)
+            axes.text(min(kl, widest), number, f" {kl:.2f}" + (" →" if kl > widest else ""), va="center", fontsize=9)
+        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+        axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel="KL from the teacher, nats per token: shorter is better", xlim=(0, 1.15 * widest))
+        axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, path)
 
 
-def draw_panels(groups, colors, path, xlabel, draw_method):
-    """A panel for each span: what draw_method(axes, method, runs, color) draws of each method, over the baselines."""
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4.6), layout="constrained", squeeze=False)
-    labelled = {}  # a line for each label, for one legend
+def label_ends(axes):
+    """Write each line's label beside its right end, one above the other where they would touch."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    to_panel = axes.transData + axes.transAxes.inverted()
+    ends = [to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1] for line in lines]
+    height = -1
+    for end, line in sorted(zip(ends, lines), key=lambda pair: pair[0]):
+        height = max(end, height + 0.06)  # of the panel
+        axes.text(1.02, height, line.get_label(), color=line.get_color(), transform=axes.transAxes, va="center", fontsize=8)
+
+
+def draw_panels(groups, path, xlabel, lines_of):
+    """A panel for each span: the lines that lines_of(runs) gives of each method, [(name or None, points)], over the skips."""
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(6.5 * len(groups), 4), layout="constrained", squeeze=False)
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
-        rows = shared_rows(methods)
-        for name, style in DRAWN.items():
+        rows, names = shared_rows(methods), in_short(methods)
+        skipped = [f"skip {SKIPPED.get(end - start, 2)}, {where} inside span" for where in ("best", "mean")]
+        for number, (method, runs) in enumerate(methods.items()):
+            for labelled, points in lines_of(runs):
+                axes.plot(*zip(*points), "o-", color=f"C{number}", ms=3, lw=1, label=names[method] if labelled else None)
+        for name, style in zip(skipped, ("--", ":")):
             if name in rows:
-                axes.axhline(rows[name]["kl"], color="gray", ls=style, lw=1, label=name)
-        for method, runs in methods.items():
-            draw_method(axes, method, runs, colors[method])
+                axes.plot(axes.get_xlim(), [rows[name]["kl"]] * 2, style, color="gray", lw=1, label=name)
         axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
         plain_logarithmic(axes, "y")
-        labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(groups), fontsize=8)
+        label_ends(axes)
     save_picture(figure, path)
 
 
-def draw_evaluations(axes, method, runs, color):
-    """KL against velocity evaluations, mean over seeds, a line for each solver; of regression only the one step it is made for."""
-    for solver, style in (("euler", "s--"), ("midpoint", "o-")):
-        names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {solver}")])
-        if names:
-            points = [(runs[0].rows[name]["evaluations"], mean_kl(runs, name)[1]) for name in names]
-            axes.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{method}; {solver}")
-    plain_logarithmic(axes, "x")
+def by_evaluations(runs):
+    """KL against velocity evaluations by the solver of the training, mean over seeds; of regression the one step it is made for."""
+    names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {runs[0].config.solver}")])
+    return [(True, [(runs[0].rows[name]["evaluations"], mean_kl(runs, name)[1]) for name in names])]
 
 
-def draw_tokens(axes, method, runs, color):
-    """KL against training tokens, a line for each seed, integrated as in training; only of runs that trained on the table's text."""
-    for number, run in enumerate(run for run in runs if run.config.training["data"] == run.made["data"]):
-        points = [(tokens / 1e6, kl) for tokens, kl in run.curve]
-        axes.plot(*zip(*points), "o-", color=color, ms=3, lw=1, label=None if number else method)
+def by_time(runs):
+    """KL against the time of a forward pass over the teacher's; as `by_evaluations`."""
+    names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {runs[0].config.solver}")])
+    return [(True, sorted((runs[0].rows[name]["prefill_time"], mean_kl(runs, name)[1]) for name in names))]
+
+
+def by_tokens(runs):
+    """KL on validation text against millions of training tokens, a line for each seed; only of runs that trained on the table's text."""
+    runs = [run for run in runs if run.config.training["data"] == run.made["data"]]
+    return [(number == 0, [(tokens / 1e6, kl) for tokens, kl in run.curve]) for number, run in enumerate(runs)]
 
 
 def main():
@@ -250,10 +273,11 @@ def main():
     runs = [load_run(folder) for folder in dict.fromkeys(Path(folder).resolve() for folder in args.runs)]  # each once
     check_alike(runs)
     groups = grouped(with_methods(runs))
-    colors = {method: f"C{number}" for number, method in enumerate(sorted({method for methods in groups.values() for method in methods}))}
-    draw_ladder(groups, colors, Path(args.pictures) / "ladder.png")
-    draw_panels(groups, colors, Path(args.pictures) / "evaluations.png", "velocity evaluations at inference", draw_evaluations)
-    draw_panels(groups, colors, Path(args.pictures) / "tokens.png", "training tokens, millions", draw_tokens)
+    pictures = Path(args.pictures)
+    draw_bars(groups, pictures / "bars.png")
+    draw_panels(groups, pictures / "evaluations.png", "velocity evaluations at inference", by_evaluations)
+    draw_panels(groups, pictures / "time.png", "time of a forward pass over the teacher's", by_time)
+    draw_panels(groups, pictures / "tokens.png", "training tokens, millions", by_tokens)
     print_results(groups)
 
 

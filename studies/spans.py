@@ -50,13 +50,14 @@ def recoupling_ratio(x0, x1):
 
 @torch.no_grad()
 def ratios(teacher, rows, title=None):
-    """The Recoupling Ratio of every span, and how far it moves the state, |x1 - x0|² / |x1|².
+    """Three measures of every span: the Recoupling Ratio, how far the span moves a token, and how unlike its tokens are.
 
-    rows: ids (rows, seq), each row a batch of tokens to pair; means over rows. Returns two tensors (layers, layers + 1) to be
-    asked for [start, end]; nan where that is no span.
+    rows: ids (rows, seq), each row a batch of tokens to pair; means over rows. Returns three tensors (layers, layers + 1) to be
+    asked for [start, end], nan where that is no span: R; the median token's |x1 - x0|² / |x1|²; and the share that the token
+    moved most has in the batch's sum of |x1 - x0|², which is near 1 where massive activations appear or vanish.
     """
     layers = backbone(teacher).layers
-    result, moved = torch.full((2, len(layers), len(layers) + 1), torch.nan).tril().unbind()  # 0 where [start, end) is a span
+    result, moved, massive = torch.full((3, len(layers), len(layers) + 1), torch.nan).tril().unbind()  # 0 where [start, end) is a span
     for ids in tqdm(rows.to(teacher.device).split(1), desc=title, disable=title is None, unit="batch", leave=False):
         with record_inputs(*layers, final_norm(teacher)) as calls:
             backbone(teacher)(ids, use_cache=False)
@@ -64,8 +65,10 @@ def ratios(teacher, rows, title=None):
         for start, end in itertools.combinations(range(len(states)), 2):
             x0, x1 = states[start], states[end]
             result[start, end] += recoupling_ratio(x0, x1) / len(rows)
-            moved[start, end] += (x1 - x0).square().sum().item() / x1.square().sum().item() / len(rows)
-    return result, moved
+            distance = (x1 - x0).square().sum(dim=-1)  # of each token
+            moved[start, end] += (distance / x1.square().sum(dim=-1)).median().item() / len(rows)
+            massive[start, end] += (distance.max() / distance.sum()).item() / len(rows)
+    return result, moved, massive
 
 
 def read_curve(folder, config):
@@ -135,15 +138,16 @@ def main():
     data = args.data or ("stdlib" if args.teacher == TINY_TEACHER else "monology/pile-uncopyrighted")
     rows = itertools.islice(training_rows(data, tokenizer, args.batch), max(1, args.tokens // args.batch))
     rows = torch.tensor([row["ids"] for row in rows])
-    result, moved = ratios(teacher, rows, "pairing")
+    result, moved, massive = ratios(teacher, rows, "pairing")
     print(
         f"teacher {args.teacher}, data {data}: Recoupling Ratio R, the mean of {len(rows)} batches of {args.batch} training "
-        "tokens,\nand how far the span moves the state, |x1 - x0|² / |x1|²; the lower, the better for flow matching"
+        "tokens,\nand how far the span moves the median token, |x1 - x0|² / |x1|²; the lower, the better for flow matching.\n"
+        "Largest: the share of the token moved most in the batch's sum of |x1 - x0|²"
     )
     spans = [(start, start + args.length) for start in range(layers - args.length + 1)]
     spans.sort(key=lambda span: (result[span], moved[span]))
     for start, end in spans:
-        print(f"  layers {f'{start}..{end - 1}':>6}   R {result[start, end]:.3f}   moved {moved[start, end]:.3f}")
+        print(f"  layers {f'{start}..{end - 1}':>6}   R {result[start, end]:.3f}   moved {moved[start, end]:.3f}   largest {massive[start, end]:.3f}")
     ties = sum(bool(result[span] == result[spans[0]]) for span in spans)
     if ties > 1:
         print(f"{ties} spans share the lowest R, which does not tell them apart; the first of them moves the state least")
