@@ -43,6 +43,24 @@ def layer_entered(model, end):
     return next((layer for number, layer in layers if getattr(layer, "depth", number) >= end), final_norm(model))
 
 
+class Unchanged(nn.Module):
+    """Stands for a layer whose work is already done."""
+
+    def forward(self, x, **context):
+        return x
+
+
+def first_changed(teacher, model):
+    """The number of layers, from the first, in which a model is the very teacher; 0 if its embedding is not."""
+
+    def equal(a, b):
+        return type(a) is type(b) and all(x is y or torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+    pairs = zip(backbone(model).layers, backbone(teacher).layers)
+    same = equal(model.get_input_embeddings(), teacher.get_input_embeddings())
+    return sum(1 for _ in itertools.takewhile(lambda pair: equal(*pair), pairs)) if same else 0
+
+
 LOGITS_AT_ONCE = 2**26  # a quarter of a GiB in float32, and several such tensors are held; one row at least
 
 
@@ -53,17 +71,25 @@ def evaluate(teacher, models, rows, end, title=None):
     models: {name: model}. Returns {name: {measure: (rows,)}}, means over each row's tokens: "kl" in nats, "nll" in nats,
     "agreement" of the top tokens, and "nmse", the squared error of the state entering layer `end` over its squared norm.
     """
+    tails = {}  # each model from the first layer on that is not the teacher's; what is before it runs once for all
+    for name, model in models.items():
+        (tail,), begin = share(model), min(end, first_changed(teacher, model))
+        for number in range(begin):
+            backbone(tail).layers[number] = Unchanged()
+        tails[name] = tail, begin
     scores = {name: [] for name in models}
     batches = rows.split(max(1, min(4096, LOGITS_AT_ONCE // teacher.config.vocab_size) // rows.shape[1]))
     progress = tqdm(total=len(batches) * len(models), desc=title, disable=title is None, unit="model", leave=False)
     for ids in batches:
         ids = ids.to(teacher.device)
-        with record_inputs(layer_entered(teacher, end)) as calls:
+        with record_inputs(*backbone(teacher).layers, final_norm(teacher)) as calls:
             log_p = log_probabilities(teacher(ids, use_cache=False).logits)
-        x1, top = calls[0][0], log_p.argmax(dim=-1)
-        for name, model in models.items():
-            with record_inputs(layer_entered(model, end)) as calls:
-                log_q = log_probabilities(model(ids, use_cache=False).logits)
+        states, top = [x for x, _ in calls], log_p.argmax(dim=-1)  # states[n] enters layer n
+        x1 = states[end]
+        for name, (tail, begin) in tails.items():
+            with record_inputs(layer_entered(tail, end)) as calls:
+                given = {"inputs_embeds": states[begin]} if begin else {"input_ids": ids}
+                log_q = log_probabilities(tail(**given, use_cache=False).logits)
             measures = {
                 "kl": kl_divergence(log_p, log_q),
                 "nll": -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0],

@@ -875,7 +875,7 @@ def test_the_log_says_what_training_did(script, options, tmp_path):
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [10, 20, 25] and [line["tokens"] for line in lines] == [2560, 5120, 6400]
     assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["tokens_per_second"] > 0 for line in lines)
-    assert [line["lr"] for line in lines] == pytest.approx([2 / 32 * n / 50 * (26 - n) / 25 for n in (10, 20, 25)])
+    assert [line["lr"] for line in lines] == pytest.approx([1 / 64 * n / 50 * (26 - n) / 25 for n in (10, 20, 25)])
     assert ["held_out_kl" in line for line in lines] == [False, True, True]
 
 
@@ -912,7 +912,7 @@ def test_a_run_is_trained_longer_and_other_options_are_refused(script, options, 
     script(train_fm, *options, "--out", run, "--batch-size", 4)
     assert script(train_fm, "--resume", run, "--max-steps", 6)[0] == 0
     assert checkpoint_of(run)["step"] == 6 and [line["tokens"] for line in logged(run)] == [3 * 4 * 32, 6 * 4 * 32]
-    assert logged(run)[-1]["lr"] == pytest.approx(2 / 32 * 6 / 50 / 6) and config_of(run)["training"]["max_steps"] == 6
+    assert logged(run)[-1]["lr"] == pytest.approx(1 / 64 * 6 / 50 / 6) and config_of(run)["training"]["max_steps"] == 6
     saved, good = (run / "checkpoint.pt").read_bytes(), checkpoint_of(run)
 
     def refused(word, *more, module=train_fm, checkpoint=None):
@@ -1367,6 +1367,18 @@ def test_every_row_of_the_table_is_that_model_alone(small, start, end):
     assert table["teacher"]["kl"] == table["teacher"]["nmse"] == 0 and table["teacher"]["prefill_time"] == table["teacher"]["decode_time"] == 1
 
 
+def test_a_model_whose_first_layers_are_not_the_teachers_is_scored_with_its_own(small, ids):
+    own = copy.deepcopy(small)  # equal weights, not the same
+    layers, rows = len(lft.backbone(small).layers), ids[:, :8]
+    assert eval_kl.first_changed(small, own) == eval_kl.first_changed(small, small) == layers
+    for weight, changed in ((lft.backbone(own).layers[1].mlp.dense_4h_to_h.weight, 1), (own.get_input_embeddings().weight, 0)):
+        weight.data += 0.05 * torch.randn_like(weight)
+        assert eval_kl.first_changed(small, own) == changed
+        kl = eval_kl.evaluate(small, {"own": own}, rows, layers)["own"]["kl"]
+        torch.testing.assert_close(kl.double(), double_kl(small(rows).logits, own(rows).logits).mean(-1), rtol=1e-3, atol=1e-6)
+        assert kl.min() > 1e-4
+
+
 # The student outside this repository
 
 
@@ -1600,7 +1612,7 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
     for name, evaluations in (("euler x1", 1), ("midpoint x3", 6)):
         shown, base = name.replace("x", "×"), kl[f"LFT {name}"]
         plain = "flow matching, 0.000512 M tokens, lr {}; " + shown
-        assert rows[plain.format(0.0625)] == [str(evaluations), f"{base + 0.15:.4f} ± {0.3 / 2**0.5:.4f}", "2"]
+        assert rows[plain.format(0.015625)] == [str(evaluations), f"{base + 0.15:.4f} ± {0.3 / 2**0.5:.4f}", "2"]
         assert rows[plain.format(0.01)][1:] == [f"{base + 0.7:.4f}", "1"] and rows[plain.format(0.02)][1:] == [f"{base + 0.8:.4f}", "1"]
         assert rows[f"Flow Walking, midpoint ×3 + logits' KL, 0.000512 M tokens; {shown}"][1:] == [f"{base + 0.9:.4f}", "1"]
     assert rows["regression + 0.1 flow matching, 0.000512 M tokens; euler ×1"] == ["1", f"{kl['LFT euler x1'] + 1:.4f}", "1"]
