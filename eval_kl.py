@@ -127,7 +127,7 @@ class LinearLayer(nn.Linear):
         return super().forward(x)
 
 
-LINEAR_TOKENS = 262_144  # of training text; each output is fitted by hidden + 1 weights, so this is plenty
+LINEAR_TOKENS = 131_072  # of training text; each output is fitted by hidden + 1 weights, so this is plenty
 
 
 def fit_linear(teacher, batches, start, end):

@@ -44,7 +44,7 @@ import eval_kl
 import lft
 import train_fm
 import train_fw
-from studies import results, spans, speed
+from studies import drafting, massive, results, spans, speed, stored
 
 HERE = Path(__file__).parent
 FAMILIES = {
@@ -1638,6 +1638,38 @@ def test_results_refuses_what_cannot_be_compared(capsys, tmp_path, study):
     for name, said in (wrong | {"twin": "same options and seed", "nowhere": "no run at"}).items():
         status, printed, errors = run_study(capsys, results, good, tmp_path / name, "--pictures", tmp_path / "pictures")
         assert status == 2 and printed == "" and said in errors and errors.count("\n") == 1 and not (tmp_path / "pictures").exists(), errors
+
+
+def test_a_run_on_stored_states_is_the_run_without(capsys, tmp_path, study, in_float32, monkeypatch):
+    options = f"--seq-len 32 --teacher {study}/teacher --data {study}/text.txt".split()
+    of_run = "--start 1 --end 4 --max-steps 3 --lr 0.001 --device cpu --out".split()
+    pair = train_fm.hidden_pair
+    assert run_study(capsys, train_fw, *options, *of_run, tmp_path / "plain")[0] == 0
+    for name, layers, computed in (("filled", [], 4), ("read", ["--layers", 1, 4, "--rows", 40], 2)):  # of a step, and of what is said first
+        calls = []
+        monkeypatch.setattr(stored, "hidden_pair", lambda *args: calls.append(args) or pair(*args))
+        assert run_study(capsys, stored, tmp_path / name / "states", "train_fw.py", *options, *layers, *of_run, tmp_path / name)[0] == 0
+        monkeypatch.setattr(train_fm, "hidden_pair", pair)
+        assert len(calls) == computed
+        lines, expected = logged(tmp_path / name), logged(tmp_path / "plain")
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
+        assert lines[-1]["held_out_kl"] == pytest.approx(expected[-1]["held_out_kl"], rel=1e-3)
+    assert "another teacher, text or --seq-len" in run_study(capsys, stored, tmp_path / "read/states", *options, "--seq-len", 16)[2]
+
+
+def test_the_losses_that_were_tried_are_what_they_say():
+    error, x1 = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    squares, sizes = (error**2).mean(-1), (x1**2).mean(-1)
+    torch.testing.assert_close(massive.rest(error, x1, 0.0), squares[:, 1:].mean())
+    middle = sizes.flatten().sort().values[4]  # torch's median of ten
+    torch.testing.assert_close(massive.median(error, x1, 0.0), sum(e / (s + middle) for e, s in zip(squares.flatten(), sizes.flatten())) / 10)
+
+
+def test_a_drafter_leaves_the_teachers_text_and_its_drafts_are_counted(capsys, study):
+    status, printed, _ = run_study(capsys, drafting, study / "run", "--skip", 1, "--first", 5, "--prompts", 2, "--tokens", 12)
+    assert status == 0 and printed.count("2 of 2 texts") == 2 and printed.count(" writes:") == 3
+    teacher, prompts = lft.load_teacher(f"{study}/teacher")[0], torch.randint(2048, (2, 8)).split(1)
+    assert drafting.drafts(teacher, teacher, prompts, 12)[1:3] == (1.0, 6.0)  # its own drafter: five drafted and one more, twice
 
 
 @pytest.mark.parametrize("name", speed.METHODS)
