@@ -1669,7 +1669,7 @@ def test_a_drafter_leaves_the_teachers_text_and_its_drafts_are_counted(capsys, s
     status, printed, _ = run_study(capsys, drafting, study / "run", "--skip", 1, "--first", 5, "--prompts", 2, "--tokens", 12)
     assert status == 0 and printed.count("2 of 2 texts") == 2 and printed.count(" writes:") == 3
     teacher, prompts = lft.load_teacher(f"{study}/teacher")[0], torch.randint(2048, (2, 8)).split(1)
-    assert drafting.drafts(teacher, teacher, prompts, 12)[1:3] == (1.0, 6.0)  # its own drafter: five drafted and one more, twice
+    assert drafting.drafts(teacher, lft.share(teacher)[0], prompts, 12)[1:3] == (1.0, 6.0)  # its own drafter: five drafted and one more, twice
 
 
 @pytest.mark.parametrize("name", speed.METHODS)
