@@ -199,7 +199,7 @@ def speeds(models, ids):
 
 FLOW_STEPS = (1, 2, 3, 8)
 SKIPS = (1, 2, 3, 4)
-RANKED_PART = 10  # the placements of skipped layers are many: every tenth row ranks them
+RANKED_PART = 10  # layers skipped outside the span: every tenth row finds the best place
 # The paper's pairs on Pythia-410M: KL of the method, and of skipping so many layers (its abstract; it does not say which layers).
 PAPER = {2: ("6 layers by flow matching", 0.407, 0.529), 3: ("12 layers by Flow Walking", 0.736, 0.932)}
 
@@ -212,26 +212,32 @@ def integrated(student, solver, k):
 
 
 def skips_of(teacher, rows, start, end):
-    """Models that skip 1 to 4 layers: {name: (layers skipped, model)}, and {name: scores} for those that are means over placements.
+    """The teacher with 1 to 4 layers skipped: {name: (layers skipped, model)}, and {name: scores on all rows}.
 
-    The best placements are found on every tenth row, and the means are of that tenth.
+    Inside the span every placement is scored on all rows; elsewhere every tenth row finds the best one, which is scored then.
     """
-    layers, models, means = len(backbone(teacher).layers), {}, {}
-    placements = [(first, n) for n in SKIPS for first in range(layers - n + 1)]
-    skipping = {(first, n): replace_span(teacher, first, first + n) for first, n in placements}
-    ranked = evaluate(teacher, skipping, rows[::RANKED_PART], end, "ranking skips")
+    layers, models, result = len(backbone(teacher).layers), {}, {}
+    placements = {(first, n): replace_span(teacher, first, first + n) for n in SKIPS for first in range(layers - n + 1)}
+    inside = {(first, n): model for (first, n), model in placements.items() if start <= first and first + n <= end}
+    elsewhere = {place: model for place, model in placements.items() if place not in inside}
+    scores = evaluate(teacher, inside, rows, end, "skipping inside")
+    ranks = {place: score["kl"][::RANKED_PART].mean() for place, score in scores.items()}
+    ranks |= {place: score["kl"].mean() for place, score in evaluate(teacher, elsewhere, rows[::RANKED_PART], end, "skipping elsewhere").items()}
+    anywhere = {n: min((place for place in placements if place[1] == n), key=ranks.get) for n in SKIPS}
+    scores |= evaluate(teacher, {place: placements[place] for place in anywhere.values() if place in elsewhere}, rows, end, "skipping the best")
     for n in SKIPS:
-        anywhere = [place for place in placements if place[1] == n]
-        inside = [(first, n) for first, _ in anywhere if start <= first and first + n <= end]
-        for where, candidates in (("best inside span", inside), ("best anywhere", anywhere), ("first of span", inside[:1])):
-            if candidates:
-                first, _ = min(candidates, key=lambda place: ranked[place]["kl"].mean())
-                models[f"skip {n}, {where}"] = (f"{first}..{first + n - 1}", skipping[first, n])
-        if inside:
-            models[f"skip {n}, mean inside span"] = (f"{n} of {start}..{end - 1}", skipping[inside[0]])
-            measures = ranked[inside[0]]
-            means[f"skip {n}, mean inside span"] = {key: torch.stack([ranked[place][key] for place in inside]).mean(0) for key in measures}
-    return models, means
+        places = [place for place in inside if place[1] == n]
+        named = {"best anywhere": anywhere[n]}
+        if places:
+            named = {"best inside span": min(places, key=lambda place: scores[place]["kl"].mean()), **named, "first of span": places[0]}
+        for where, place in named.items():
+            models[f"skip {n}, {where}"] = (f"{place[0]}..{place[0] + n - 1}", placements[place])
+            result[f"skip {n}, {where}"] = scores[place]
+        if places:
+            models[f"skip {n}, mean inside span"] = (f"{n} of {start}..{end - 1}", placements[places[0]])
+            measures = scores[places[0]]
+            result[f"skip {n}, mean inside span"] = {key: torch.stack([scores[place][key] for place in places]).mean(0) for key in measures}
+    return models, result
 
 
 def table(teacher, student, rows, documents, linear=None):
@@ -246,20 +252,19 @@ def table(teacher, student, rows, documents, linear=None):
         for k in sorted({*FLOW_STEPS, student.config.k}):
             models[f"LFT {solver} x{k}"] = (span, integrated(student, solver, k))
     models["span dropped"] = (span, replace_span(teacher, start, end))
-    means = {}
     if linear is not None:
         models["linear map"] = (span, replace_span(teacher, start, end, linear))
-        skips, means = skips_of(teacher, rows, start, end)
-        models |= skips
-    scores = means | evaluate(teacher, {name: model for name, (_, model) in models.items() if name not in means}, rows, end, "scoring rows")
+    scores = evaluate(teacher, {name: model for name, (_, model) in models.items()}, rows, end, "scoring rows")
+    if linear is not None:
+        skips, scores_of_skips = skips_of(teacher, rows, start, end)
+        models, scores = models | skips, scores | scores_of_skips
     timed = {name.split(",")[0]: model for name, (_, model) in models.items()}  # skipping n takes the same time anywhere
     speed = dict(zip(timed, speeds([*timed.values()], rows[:1].to(teacher.device))))
     result = []
     for name, (replaced, model) in models.items():
-        part = slice(None, None, RANKED_PART if name in means else None)
         result.append({
-            "name": name, "layers_replaced": replaced, "tokens": rows[part].numel(), "evaluations": model.flow.evaluations if name.startswith("LFT") else 0,
-            **summarize(scores[name], documents[part]), **speed[name.split(",")[0]],
+            "name": name, "layers_replaced": replaced, "tokens": rows.numel(), "evaluations": model.flow.evaluations if name.startswith("LFT") else 0,
+            **summarize(scores[name], documents), **speed[name.split(",")[0]],
         })  # fmt: skip
     return result
 
@@ -269,7 +274,7 @@ def print_table(table, config):
     kl = {row["name"]: row["kl"] for row in table}
     trained = f"LFT {config.solver} x{config.k}"
     for n, (what, method, skip) in PAPER.items():
-        names = [name for name in kl if name.startswith(f"skip {n},") and "mean" not in name]  # a mean is of fewer tokens
+        names = [name for name in kl if name.startswith(f"skip {n},")]
         ratios = [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in names]
         if ratios:
             print(f"{trained}, KL over skip {n}'s: {', '.join(ratios)} (paper, {what}: {method} / {skip} = {method / skip:.2f})")
@@ -278,10 +283,8 @@ def print_table(table, config):
         f"NMSE:    squared error of the state entering layer {config.end} over that state's squared norm, mean over tokens; lower is better\n"
         "perpl.:  perplexity of the text; lower is better. top-1: how often the likeliest token is the teacher's; higher is better\n"
         "time over the teacher's: prefill, a whole row; decode, tokens one by one with a cache (-: more evaluations than cache\n"
-        "         slots); ideal, layers plus velocity evaluations"
+        "         slots); ideal, layers plus velocity evaluations. A mean over placements is geometric for the perplexity"
     )
-    if len({row["tokens"] for row in table}) > 1:
-        print(f"Means over placements are of {min(row['tokens'] for row in table):,} of the tokens (geometric for the perplexity).")
     print(f"\n{'':25}{'layers':>11}{'velocity':>10}{'':41}{'million':>9}  time over the teacher's")
     print(
         f"{'row':25}{'replaced':>11}{'evals':>10}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}"
