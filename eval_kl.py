@@ -221,15 +221,18 @@ def skips_of(teacher, rows, start, end):
     inside = {(first, n): model for (first, n), model in placements.items() if start <= first and first + n <= end}
     elsewhere = {place: model for place, model in placements.items() if place not in inside}
     scores = evaluate(teacher, inside, rows, end, "skipping inside")
-    ranks = {place: score["kl"][::RANKED_PART].mean() for place, score in scores.items()}
-    ranks |= {place: score["kl"].mean() for place, score in evaluate(teacher, elsewhere, rows[::RANKED_PART], end, "skipping elsewhere").items()}
-    anywhere = {n: min((place for place in placements if place[1] == n), key=ranks.get) for n in SKIPS}
-    scores |= evaluate(teacher, {place: placements[place] for place in anywhere.values() if place in elsewhere}, rows, end, "skipping the best")
+    ranks = evaluate(teacher, elsewhere, rows[::RANKED_PART], end, "skipping elsewhere")
+    chosen = [min((place for place in elsewhere if place[1] == n), key=lambda place: ranks[place]["kl"].mean(), default=None) for n in SKIPS]
+    scores |= evaluate(teacher, {place: elsewhere[place] for place in chosen if place}, rows, end, "skipping the best")
+
+    def best(places):
+        return min(places, key=lambda place: scores[place]["kl"].mean())
+
     for n in SKIPS:
         places = [place for place in inside if place[1] == n]
-        named = {"best anywhere": anywhere[n]}
+        named = {"best anywhere": best(place for place in scores if place[1] == n)}
         if places:
-            named = {"best inside span": min(places, key=lambda place: scores[place]["kl"].mean()), **named, "first of span": places[0]}
+            named = {"best inside span": best(places), **named, "first of span": places[0]}
         for where, place in named.items():
             models[f"skip {n}, {where}"] = (f"{place[0]}..{place[0] + n - 1}", placements[place])
             result[f"skip {n}, {where}"] = scores[place]

@@ -1336,7 +1336,9 @@ def test_every_row_of_the_table_is_that_model_alone(small, start, end):
     for n in (1, 2, 3, 4):
         ranked = {first: kl_of(lft.replace_span(small, first, first + n), 10).mean().item() for first in range(6 - n + 1)}
         inside = {first: kl_of(lft.replace_span(small, first, first + n), 1).mean().item() for first in ranked if start <= first and first + n <= end}
-        best = {"best anywhere": min(ranked, key=ranked.get)}
+        outside = [first for first in ranked if first not in inside]
+        scored = [*inside, *([min(outside, key=ranked.get)] if outside else [])]
+        best = {"best anywhere": min(scored, key=lambda first: kl_of(lft.replace_span(small, first, first + n), 1).mean().item())}
         if inside:
             best |= {"best inside span": min(inside, key=inside.get), "first of span": start}
             means[f"skip {n}, mean inside span"] = sum(inside.values()) / len(inside)
