@@ -207,7 +207,7 @@ def draw_bars(groups, path):
         skipped = SKIPPED[end - start]
         what, method, skip = PAPER[skipped]
         bars = [(f"paper, skip {skipped}", skip), (f"paper, {what.split(' by ')[1]}", method), *bars_of(methods, skipped)]
-        widest = 1.8 * sorted(kl for _, kl in bars)[-2]  # one bar may be cut, and says its length
+        widest = 2.2 * sorted(kl for _, kl in bars)[-2]  # one bar may be cut, and says its length
         for number, (name, kl) in enumerate(bars):
             color = "C1" if name.startswith("paper") else "C0" if name in in_short(methods).values() else "lightgray"
             axes.barh(number, min(kl, widest), color=color)
@@ -234,13 +234,17 @@ def draw_panels(groups, path, xlabel, lines_of):
     figure, panels = pyplot.subplots(1, len(groups), figsize=(6.5 * len(groups), 4), layout="constrained", squeeze=False)
     for axes, ((start, end), methods) in zip(panels[0], groups.items()):
         rows, names = shared_rows(methods), in_short(methods)
-        skipped = [f"skip {SKIPPED.get(end - start, 2)}, {where} inside span" for where in ("best", "mean")]
+        number_skipped = SKIPPED.get(end - start, 2)
         for number, (method, runs) in enumerate(methods.items()):
             for labelled, points in lines_of(runs):
                 axes.plot(*zip(*points), "o-", color=f"C{number}", ms=3, lw=1, label=names[method] if labelled else None)
-        for name, style in zip(skipped, ("--", ":")):
-            if name in rows:
-                axes.plot(axes.get_xlim(), [rows[name]["kl"]] * 2, style, color="gray", lw=1, label=name)
+        for where, style in (("best inside span", "--"), ("mean inside span", ":")):
+            skips = {n: rows[f"skip {n}, {where}"] for n in SKIPS if f"skip {n}, {where}" in rows}
+            if lines_of is by_time and skips:  # fewer layers skipped take more time
+                points = sorted((row["prefill_time"], row["kl"]) for row in skips.values())
+                axes.plot(*zip(*points), style, marker="o", ms=3, color="gray", lw=1, label=f"skip {min(skips)} to {max(skips)}, {where}")
+            elif number_skipped in skips:
+                axes.plot(axes.get_xlim(), [skips[number_skipped]["kl"]] * 2, style, color="gray", lw=1, label=f"skip {number_skipped}, {where}")
         axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel=xlabel, ylabel="KL from the teacher, nats per token")
         plain_logarithmic(axes, "y")
         label_ends(axes)
