@@ -129,9 +129,9 @@ def parse_arguments(parser, method):
     parser.set_defaults(**saved)
     args = parser.parse_args()
     free = {"resume", "max_steps", "save_every", "device", "compile", "teacher"}
-    changed = [name for name, value in vars(args).items() if name not in free and value != saved[name]]
+    changed = [name for name, value in vars(args).items() if name not in free and value != saved.get(name)]
     if changed:
-        raise InputError(f"{args.resume} was trained with --{changed[0].replace('_', '-')} {saved[changed[0]]}: leave that option out")
+        raise InputError(f"{args.resume} was trained with --{changed[0].replace('_', '-')} {saved.get(changed[0])}: leave that option out, or train anew if it is newer than the run")
     if args.max_steps <= checkpoint["step"]:
         raise InputError(f"{args.resume} is trained to step {checkpoint['step']}: give a larger --max-steps to train it longer")
     args.out = args.resume
