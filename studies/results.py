@@ -7,6 +7,7 @@ Runs are seeds of one method where all that trained them is the same but the see
 evaluations, time and training tokens. Needs studies/requirements.txt.
 """
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -251,16 +252,14 @@ def draw_panels(groups, path, xlabel, lines_of):
     save_picture(figure, path)
 
 
-def by_evaluations(runs):
-    """KL against velocity evaluations by the solver of the training, mean over seeds; of regression the one step it is made for."""
+def lines_against(key, runs):
+    """KL against a key of the rows, by the solver of the training, mean over seeds; of regression only the one step it is made for."""
     names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {runs[0].config.solver}")])
-    return [(True, [(runs[0].rows[name]["evaluations"], mean_kl(runs, name)[1]) for name in names])]
+    return [(True, sorted((runs[0].rows[name][key], mean_kl(runs, name)[1]) for name in names))]
 
 
-def by_time(runs):
-    """KL against the time of a forward pass over the teacher's; as `by_evaluations`."""
-    names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {runs[0].config.solver}")])
-    return [(True, sorted((runs[0].rows[name]["prefill_time"], mean_kl(runs, name)[1]) for name in names))]
+by_evaluations = functools.partial(lines_against, "evaluations")
+by_time = functools.partial(lines_against, "prefill_time")
 
 
 def by_tokens(runs):
