@@ -36,8 +36,8 @@ def mean_square(error, x1, token_power):
     """The mean over tokens of each one's squared error, divided by its |x1| to the power token_power.
 
     error, x1: (batch, seq, hidden). 0 is the paper's plain mean. Language models have a few tokens, the first of a sequence above
-    all, whose states are far longer than the others' (massive activations): a plain mean sees little else, and 2 hardly sees them, on
-    which all later attention leans. 1 stands between; it is ours.
+    all, whose states are far longer than the others' (massive activations). A plain mean sees little else; 2 hardly sees them,
+    on which all later attention leans. 1 stands between, and is ours.
     """
     size = x1.square().mean(dim=-1).sqrt()  # |x1| / √hidden, (batch, seq)
     return (error.square().mean(dim=-1) / size**token_power).mean()

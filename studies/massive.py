@@ -2,7 +2,7 @@
 
     python studies/massive.py --states states --teacher smollm2 --method fm --start 10 --end 16 --losses 0 1 2 rest median
 
-In language models a few tokens carry massive activations: the first of a sequence above all, a hundred times longer than the
+In language models a few tokens carry massive activations: the first of a sequence above all, far longer than the
 others. A plain mean of squares sees little but them. Losses are 0, 1 and 2, each token's squared error over its |x1| to this
 power (0 is the paper's plain mean); "rest", the plain mean without the first token; "median", over |x1|² plus its median.
 """
