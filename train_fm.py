@@ -103,7 +103,7 @@ def make_parser(description, method, start, end):
     add("--lr", type=above_zero, default=1 / 64, help="learning rate, before warm-up and decay (default %(default)s)")
     add("--token-power", type=zero_or_more, default=1.0, help="each token's squared error is divided by its |x1| to this power: 0 is the paper's plain mean, 1 ours (default %(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
-    add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
+    add("--init", default="middle", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
     return parser
 

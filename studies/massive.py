@@ -5,9 +5,9 @@
 In language models a few tokens carry massive activations: the first of a sequence above all, far longer than the
 others. A plain mean of squares sees little but them. Losses are 0, 1 and 2, each token's squared error over its |x1| to this
 power (0 is the paper's plain mean); "rest", the plain mean without the first token; "median", over |x1|² plus its median.
+Options that are not listed are the training script's: `--losses 1 --init first` tries another start of the weights.
 """
 import argparse
-import functools
 import sys
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def main():
     add("--validation-tokens", type=int, default=8192, help="tokens scored (default %(default)s)")
     add("--lr", type=float, nargs="+", default=[1 / 64], help="learning rates (default: %(default)s)")
     add("--out", default="runs/massive", help="folder for the runs (default %(default)s)")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     train_fm.VALIDATION_TOKENS = args.validation_tokens
     stored, plain = Stored(args.states, args.teacher, "stdlib", 256), train_fm.mean_square
     train_fm.hidden_pair = stored.pair
@@ -57,9 +57,9 @@ def main():
                 f"train_{args.method}.py", "--teacher", args.teacher, "--data", "stdlib", "--seq-len", "256", "--compile", "--overwrite",
                 "--start", str(args.start), "--end", str(args.end), "--max-steps", str(args.tokens // 2048), "--save-every", "100000",
                 "--token-power", loss if loss not in LOSSES else "0", "--lr", str(lr),
-                "--out", f"{args.out}/{args.method}-{args.start}-{args.end}-{loss}-{lr:g}",
+                "--out", f"{args.out}/{args.method}-{args.start}-{args.end}-{loss}-{lr:g}", *more,
             ]  # fmt: skip
-            print(f"{args.method} {args.start} -> {args.end}, loss {loss}, learning rate {lr:g}")
+            print(f"{args.method} {args.start} -> {args.end}, loss {loss}, learning rate {lr:g}", *more)
             {"fm": train_fm, "fw": train_fw}[args.method].main()
 
 
