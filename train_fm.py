@@ -103,7 +103,7 @@ def make_parser(description, method, start, end):
     add("--lr", type=above_zero, default=1 / 64, help="learning rate, before warm-up and decay (default %(default)s)")
     add("--token-power", type=zero_or_more, default=1.0, help="each token's squared error is divided by its |x1| to this power: 0 is the paper's plain mean, 1 ours (default %(default)s)")
     add("--seed", type=seed_number, default=0, help="seed of the weights, the times and the order of local text (default %(default)s)")
-    add("--init", default="middle", help="where the velocity's weights start: middle or first layer of the span, a layer's number, or random (default %(default)s)")
+    add("--init", default="first", help="where the velocity's weights start: first or middle layer of the span, a layer's number, or random (default %(default)s)")
     add("--compile", action="store_true", help="compile teacher and velocity with torch.compile (default: do not)")
     return parser
 
@@ -336,7 +336,7 @@ def train(args, checkpoint, method, loss_of, solver, k):
     with autocast(device):
         x0, x1, _ = hidden_pair(trunk, validation[:4].to(device), args.start)
     say(f"of {x0[..., 0].numel():,} held-out tokens the one that the span moves most has {describe_tokens(x0, x1)}", rank)
-    say(f"each token's squared error is divided by its |x1| to the power {args.token_power:g} (--token-power 0: the paper's plain mean)", rank)
+    say(f"mean_square divides each token's squared error by its |x1| to the power {args.token_power:g} (--token-power 0: the paper's plain mean)", rank)
     SIGNALS.clear()
     handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
     rows, tokens, losses = iter(text), args.batch_size * args.seq_len, []  # tokens of a step, losses since the last line of the log
