@@ -210,7 +210,8 @@ def draw_bars(groups, path):
         bars = [(f"paper, skip {skipped}", skip), (f"paper, {what.split(' by ')[1]}", method), *bars_of(methods, skipped)]
         widest = 2.2 * sorted(kl for _, kl in bars)[-2]  # one bar may be cut, and says its length
         for number, (name, kl) in enumerate(bars):
-            color = "C1" if name.startswith("paper") else "C0" if name in in_short(methods).values() else "lightgray"
+            ours = name in in_short(methods).values() and not name.startswith("regression")  # a rival
+            color = "C1" if name.startswith("paper") else "C0" if ours else "lightgray"
             axes.barh(number, min(kl, widest), color=color)
             axes.text(min(kl, widest), number, f" {kl:.2f}" + (" →" if kl > widest else ""), va="center", fontsize=9)
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
