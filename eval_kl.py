@@ -225,21 +225,18 @@ def skips_of(teacher, rows, start, end):
     chosen = [min((place for place in elsewhere if place[1] == n), key=lambda place: ranks[place]["kl"].mean(), default=None) for n in SKIPS]
     scores |= evaluate(teacher, {place: elsewhere[place] for place in chosen if place}, rows, end, "skipping the best")
 
-    def best(places):
-        return min(places, key=lambda place: scores[place]["kl"].mean())
-
     for n in SKIPS:
         places = [place for place in inside if place[1] == n]
-        named = {"best anywhere": best(place for place in scores if place[1] == n)}
+        named = {"best anywhere": [place for place in scores if place[1] == n]}
         if places:
-            named = {"best inside span": best(places), **named, "first of span": places[0]}
-        for where, place in named.items():
+            named = {"best inside span": places, **named, "first of span": places[:1]}
+        for where, candidates in named.items():
+            place = min(candidates, key=lambda place: scores[place]["kl"].mean())
             models[f"skip {n}, {where}"] = (f"{place[0]}..{place[0] + n - 1}", placements[place])
             result[f"skip {n}, {where}"] = scores[place]
         if places:
             models[f"skip {n}, mean inside span"] = (f"{n} of {start}..{end - 1}", placements[places[0]])
-            measures = scores[places[0]]
-            result[f"skip {n}, mean inside span"] = {key: torch.stack([scores[place][key] for place in places]).mean(0) for key in measures}
+            result[f"skip {n}, mean inside span"] = {key: torch.stack([scores[place][key] for place in places]).mean(0) for key in scores[places[0]]}
     return models, result
 
 

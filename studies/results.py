@@ -210,7 +210,7 @@ def draw_bars(groups, path):
         bars = [(f"paper, skip {skipped}", skip), (f"paper, {what.split(' by ')[1]}", method), *bars_of(methods, skipped)]
         widest = 2.2 * sorted(kl for _, kl in bars)[-2]  # one bar may be cut, and says its length
         for number, (name, kl) in enumerate(bars):
-            ours = name in in_short(methods).values() and not name.startswith("regression")  # a rival
+            ours = name in in_short(methods).values() and not name.startswith("regression")  # which is a rival
             color = "C1" if name.startswith("paper") else "C0" if ours else "lightgray"
             axes.barh(number, min(kl, widest), color=color)
             axes.text(min(kl, widest), number, f" {kl:.2f}" + (" →" if kl > widest else ""), va="center", fontsize=9)
