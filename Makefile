@@ -23,4 +23,4 @@ smollm2: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test smollm2

@@ -53,11 +53,11 @@ def open_text(data, held_out):
     books = any(Path(data).rglob("*.txt")) and kinds_of(Path(data).rglob("*.*")) == {"text"}
     as_text = {"sample_by": "document"} if books else {}  # or each line would be a document
     splits = load_dataset(data, streaming=True, **as_text)
-    for name in ("validation", "test"):
+    for name, file in (("validation", "val.*"), ("test", "test.*")):
         if name in splits:
             return splits[name if held_out else "train"], False
-        try:  # the Pile's folder train/ hides the files beside it
-            hidden = load_dataset(data, data_files=f"{name[:3]}*", split="train", streaming=True, **as_text)  # val*, tes*
+        try:  # the Pile's folder train/ hides these files beside it
+            hidden = load_dataset(data, data_files=file, split="train", streaming=True, **as_text)
             return hidden if held_out else splits["train"], False
         except FileNotFoundError:
             continue

@@ -618,6 +618,7 @@ PILE = {"train/00.jsonl.zst": ["abcd", "efgh"], "train/01.jsonl.zst": ["ijkl"], 
         (A_TO_D, "*.txt", "a" * 190 + "|" + "c" * 95 + "|", "b" * 10 + "|" + "d" * 5 + "|"),
         (A_TO_D, "", "a" * 190 + "|" + "c" * 95 + "|", "b" * 10 + "|" + "d" * 5 + "|"),
         (A_TO_D, "2.txt", "c" * 95 + "|", "d" * 5 + "|"),
+        ({"tess.txt": "a" * 95 + "b" * 5, "valley.txt": "c" * 95 + "d" * 5}, "", "a" * 95 + "|" + "c" * 95 + "|", "b" * 5 + "|" + "d" * 5 + "|"),
         ({"train.txt": "ab\ncd\n", "val.txt": "ef\ngh\n"}, "", "ab\ncd\n|", "ef\ngh\n|"),
         (PILE, "", "abcd|efgh|ijkl|", "mn|op|"),
         ({name: PILE[name] for name in PILE if "val" not in name}, "", "abcd|efgh|ijkl|", "q|"),
@@ -1607,6 +1608,7 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
         like(study, tmp_path / "c", 0.7, lr=0.01), like(study, tmp_path / "d", 0.8, lr=0.02, seed=5),
         like(study, tmp_path / "e", 0.9, method="fw", solver="midpoint", k=3, alpha=0.0, logit_weight=1.0),
         like(study, tmp_path / "f", 1.0, method="fw", solver="euler", k=1, alpha=0.1, logit_weight=0.0),
+        like(study, tmp_path / "g", 1.1, method="l1", solver="midpoint", k=1),
     ]  # fmt: skip
     status, printed, errors = run_study(capsys, results, *runs, tmp_path / "e" / ".." / "a", "--pictures", tmp_path / "new" / "p")
     assert status == 0 and all((tmp_path / "new/p" / name).read_bytes().startswith(b"\x89PNG") for name in ("bars.png", "evaluations.png", "time.png", "tokens.png"))
@@ -1619,6 +1621,7 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
         assert rows[plain.format(0.01)][1:] == [f"{base + 0.7:.4f}", "1"] and rows[plain.format(0.02)][1:] == [f"{base + 0.8:.4f}", "1"]
         assert rows[f"Flow Walking, midpoint ×3 + logits' KL, 0.000512 M tokens; {shown}"][1:] == [f"{base + 0.9:.4f}", "1"]
     assert rows["regression + 0.1 flow matching, 0.000512 M tokens; euler ×1"] == ["1", f"{kl['LFT euler x1'] + 1:.4f}", "1"]
+    assert rows[f"l1, 0.000512 M tokens; {shown}"][1:] == [f"{base + 1.1:.4f}", "1"]  # a fork's own method
     assert str(rows).count("regression") == 1  # it is made for no other number of steps
     assert rows.keys() >= {"span dropped", "linear map", "skip 2, best inside span", "skip 4, best anywhere"}
     millions = [like(study, tmp_path / f"m{n}", seed=n, tokens=12_345_678 + n) for n in (0, 1)]  # which round to the same
@@ -1657,7 +1660,7 @@ def test_a_run_on_stored_states_is_the_run_without(capsys, tmp_path, study, in_f
         lines, expected = logged(tmp_path / name), logged(tmp_path / "plain")
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
         assert lines[-1]["held_out_kl"] == pytest.approx(expected[-1]["held_out_kl"], rel=1e-3)
-    assert "another teacher, text or --seq-len" in run_study(capsys, stored, tmp_path / "read/states", *options, "--seq-len", 16)[2]
+    assert "another teacher, text or --seq-len" in run_study(capsys, stored, tmp_path / "read/states", *options, "--seq-len", 16, "--layers", 1)[2]
 
 
 def test_the_losses_that_were_tried_are_what_they_say():

@@ -35,11 +35,11 @@ from lft import (
 def mean_square(error, x1, token_power):
     """The mean over tokens of each one's squared error, divided by its |x1| to the power token_power.
 
-    error, x1: (batch, seq, hidden). 0 is the paper's plain mean. Language models have a few tokens, the first of a sequence above
-    all, whose states are far longer than the others' (massive activations). A plain mean sees little else; 2 hardly sees them,
-    on which all later attention leans. 1 stands between, and is ours.
+    error, x1: (batch, seq, hidden). |x1| is taken as a root mean square over hidden. Language models have a few tokens, the first of
+    a sequence above all, whose states are far longer than the others' (massive activations). With power 0, the paper's plain mean,
+    they make up nearly all of the loss. With 2 they hardly count, though all later attention leans on them. 1 is between, and ours.
     """
-    size = x1.square().mean(dim=-1).sqrt()  # |x1| / √hidden, (batch, seq)
+    size = x1.square().mean(dim=-1).sqrt()  # |x1|, (batch, seq)
     return (error.square().mean(dim=-1) / size**token_power).mean()
 
 
@@ -73,13 +73,13 @@ def seed_number(text):
 
 def zero_or_more(text):
     if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no weight: give 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is too small: give 0 or more")
     return float(text)
 
 
 def above_zero(text):
     if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no size: give more than 0")
+        raise argparse.ArgumentTypeError(f"{text} is too small: give more than 0")
     return float(text)
 
 

@@ -1,6 +1,6 @@
 """What a student writes, and what it brings as a drafter for its teacher: greedy text, accepted share, tokens per second.
 
-    python studies/drafting.py runs/fw-12-24-seed0 --skip 3 --first 15
+    python studies/drafting.py runs/fw-12-24-seed0 --skip 3
 
 A drafter proposes a few tokens, and the teacher checks them in one pass and keeps those that it would have written itself, so the
 text is the teacher's own. Beside the student stands the teacher with a few layers skipped. Greedy, on beginnings of held-out rows.

@@ -61,6 +61,8 @@ def main():
             ]  # fmt: skip
             print(f"{args.method} {args.start} -> {args.end}, loss {loss}, learning rate {lr:g}", *more)
             {"fm": train_fm, "fw": train_fw}[args.method].main()
+            if train_fm.SIGNALS:  # Ctrl-C
+                return
 
 
 if __name__ == "__main__":

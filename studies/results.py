@@ -98,8 +98,10 @@ def words_for(config):
     power = training.get("time_power", 1)
     if training["method"] == "fm":
         words = "flow matching" + (f", t = τ^{power:g}" if power != 1 else "")
-    else:
+    elif training["method"] == "fw":
         words = "regression" if is_regression(config) else f"Flow Walking, {config.solver} ×{config.k}"
+    else:  # a fork's own
+        words = training["method"]
     for term, weight in (("flow matching", training.get("alpha")), ("logits' KL", training.get("logit_weight"))):
         if weight:
             words += f" + {term}" if weight == 1 else f" + {weight:g} {term}"
@@ -256,7 +258,7 @@ def draw_panels(groups, path, xlabel, lines_of):
 def lines_against(key, runs):
     """KL against a key of the rows, by the solver of the training, mean over seeds; of regression only the one step it is made for."""
     names = rows_shown(runs, [name for name in runs[0].rows if name.startswith(f"LFT {runs[0].config.solver}")])
-    return [(True, sorted((runs[0].rows[name][key], mean_kl(runs, name)[1]) for name in names))]
+    return [(True, sorted((statistics.mean(run.rows[name][key] for run in runs), mean_kl(runs, name)[1]) for name in names))]
 
 
 by_evaluations = functools.partial(lines_against, "evaluations")

@@ -67,7 +67,10 @@ class Stored:
     def write(self, layer, numbers, states):
         """Keep the states of these rows."""
         values, done = self.file(layer)
-        values[numbers] = states.half().cpu().numpy()
+        states = states.half()
+        if not states.isfinite().all():
+            raise InputError(f"states entering layer {layer} are too large for float16: run the training script without stored states")
+        values[numbers] = states.cpu().numpy()
         done[numbers] = True
 
     def pair(self, trunk, ids, start):
@@ -112,6 +115,8 @@ def main():
     add("--rows", type=int, default=10**9, help="of the text to store, in the order of seed 0 (default: all)")
     add("--compile", action="store_true", help="as for the script")
     args, rest = parser.parse_known_args()
+    if not args.layers and not args.script:
+        parser.error("give --layers, or a script to run")
     stored = Stored(args.folder, args.teacher, args.data, args.seq_len)
     if args.layers:
         stored.store(args.layers, args.rows, args.compile)
