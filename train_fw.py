@@ -37,6 +37,7 @@ def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alp
 
 def main():
     parser = make_parser(__doc__.splitlines()[0], "fw", 6, 18)
+    parser.set_defaults(init="middle")  # a better start than the first layer, in trials (studies/README.md)
     add = parser.add_argument
     add("--k", type=one_or_more, default=3, help="steps of the walk (default %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
