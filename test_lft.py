@@ -1580,7 +1580,8 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
     bars = results.bars_of(methods, 2)  # the skips are of the table of the last run
     expected = {name: kl[name] + 0.3 for name in ("span dropped", "linear map", "skip 2, best inside span", "skip 2, mean inside span")}
     assert dict(bars) == pytest.approx(expected | {"flow matching": kl["LFT midpoint x1"] + 0.15}) and bars == sorted(bars, key=lambda bar: -bar[1])
-    rows = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[2:] for line in printed.splitlines()[2:]}
+    cells = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[2:] for line in printed.splitlines()[2:]}
+    rows = {name: row[:3] for name, row in cells.items()}
     assert len(rows) == len(printed.splitlines()) - 2  # no two say the same
     for name, evaluations in (("euler x1", 1), ("midpoint x3", 6)):
         shown, base = name.replace("x", "×"), kl[f"LFT {name}"]
@@ -1590,6 +1591,11 @@ def test_results_are_means_and_deviations_over_seeds_and_nothing_else(capsys, tm
         assert rows[f"Flow Walking, midpoint ×3 + logits' KL, 0.000512 M tokens; {shown}"][1:] == [f"{base + 0.9:.4f}", "1"]
     assert rows["regression + 0.1 flow matching, 0.000512 M tokens; euler ×1"] == ["1", f"{kl['LFT euler x1'] + 1:.4f}", "1"]
     assert rows[f"l1, 0.000512 M tokens; {shown}"][1:] == [f"{base + 1.1:.4f}", "1"]  # a fork's own method
+    table = {row["name"]: row for row in json.loads((study / "run/table.json").read_text())["rows"]}
+    for name in ("span dropped", "skip 2, mean inside span"):
+        row = table[name]
+        assert cells[name][3:7] == ["–", f"{row['nmse']:.4f}", f"{row['perplexity']:.2f}", f"{row['top1_agreement']:.1%}"]  # of one document
+        assert cells[name][7:] == [f"{row['prefill_time']:.2f}", f"{row['decode_time']:.2f}"]
     assert str(rows).count("regression") == 1  # it is made for no other number of steps
     assert rows.keys() >= {"span dropped", "linear map", "skip 2, best inside span", "skip 4, best anywhere"}
     millions = [like(study, tmp_path / f"m{n}", seed=n, tokens=12_345_678 + n) for n in (0, 1)]  # which round to the same

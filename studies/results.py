@@ -152,18 +152,31 @@ def rows_shown(runs, names):
     return [name for name in names if all(name in run.rows for run in runs)]
 
 
+COLUMNS = {
+    "± by document": ("kl_stderr", ".4f"), "NMSE": ("nmse", ".4f"), "perplexity": ("perplexity", ".2f"), "top-1": ("top1_agreement", ".1%"),
+    "forward pass": ("prefill_time", ".2f"), "decoding": ("decode_time", ".2f"),
+}  # fmt: skip
+
+
+def other_cells(rows):
+    """The cells of COLUMNS, means over the rows of all seeds; – where one of them has no such figure."""
+    cells = {key: [row.get(key) for row in rows] for key, _ in COLUMNS.values()}
+    return " | ".join("–" if None in cells[key] else format(statistics.mean(cells[key]), form) for key, form in COLUMNS.values())
+
+
 def print_results(groups):
-    """Print the table of the groups that `grouped` returned."""
-    print("| layers replaced | by | velocity evaluations | KL | seeds |\n|---|---|---|---|---|")
+    """Print the table of the groups that `grouped` returned; the times are over the teacher's."""
+    print(f"| layers replaced | by | evaluations | KL | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (5 + len(COLUMNS))}|")
     for (start, end), methods in groups.items():
         for method, runs in methods.items():
             for name in rows_shown(runs, dict.fromkeys((*SHOWN, as_trained(runs[0].config)))):
                 solver, evaluations = name.removeprefix("LFT ").replace(" x", " ×"), runs[0].rows[name]["evaluations"]
-                print(f"| {start}..{end - 1} | {method}; {solver} | {evaluations} | {mean_kl(runs, name)[0]} | {len(runs)} |")
+                cells = other_cells([run.rows[name] for run in runs])
+                print(f"| {start}..{end - 1} | {method}; {solver} | {evaluations} | {mean_kl(runs, name)[0]} | {len(runs)} | {cells} |")
         rows = shared_rows(methods)
         for name in BASELINES:
             if name in rows:
-                print(f"| {rows[name]['layers_replaced']} | {name} | – | {rows[name]['kl']:.4f} | – |")
+                print(f"| {rows[name]['layers_replaced']} | {name} | – | {rows[name]['kl']:.4f} | – | {other_cells([rows[name]])} |")
 
 
 def save_picture(figure, path):
