@@ -250,6 +250,26 @@ def hidden_pair(trunk, ids, start):
 TINY_TEACHER = "tiny_teacher"  # the embedded teacher, in the folder of that name beside this file
 
 
+@torch.no_grad()
+def fits(teacher):
+    """Whether this teacher's layers compute what VelocityBlock assumes, and all attend alike; the last is tried on a few tokens.
+
+    The formula is written out again, since a fork may change VelocityBlock, and which teachers fit is not to change with it.
+    """
+    if len(set(getattr(teacher.config, "layer_types", None) or [None])) > 1:
+        return False
+    try:
+        last = len(backbone(teacher).layers) - 1
+        layer = backbone(teacher).layers[last]
+        x0, x1, context = hidden_pair(teacher, torch.arange(8, device=teacher.device)[None], last)
+        attention, _ = attention_of(layer)(layer.input_layernorm(x0), **context)
+        y = x0 if getattr(layer, "use_parallel_residual", False) else x0 + attention
+        error = attention + layer.mlp(layer.post_attention_layernorm(y)) - (x1 - x0)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return bool(error.norm() <= 1e-4 * (x1 - x0).norm())
+
+
 def load_teacher(name, device="cpu"):
     """Load a teacher, frozen, in float32 whatever its files hold, and its tokenizer.
 
@@ -280,26 +300,6 @@ def load_teacher(name, device="cpu"):
             "(Pythia), Llama, Mistral, Qwen2 or Qwen3 whose layers all attend alike"
         )
     return teacher, tokenizer
-
-
-@torch.no_grad()
-def fits(teacher):
-    """Whether this teacher's layers compute what VelocityBlock assumes, and all attend alike; the last is tried on a few tokens.
-
-    The formula is written out again, since a fork may change VelocityBlock, and which teachers fit is not to change with it.
-    """
-    if len(set(getattr(teacher.config, "layer_types", None) or [None])) > 1:
-        return False
-    try:
-        last = len(backbone(teacher).layers) - 1
-        layer = backbone(teacher).layers[last]
-        x0, x1, context = hidden_pair(teacher, torch.arange(8, device=teacher.device)[None], last)
-        attention, _ = attention_of(layer)(layer.input_layernorm(x0), **context)
-        y = x0 if getattr(layer, "use_parallel_residual", False) else x0 + attention
-        error = attention + layer.mlp(layer.post_attention_layernorm(y)) - (x1 - x0)
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return bool(error.norm() <= 1e-4 * (x1 - x0).norm())
 
 
 def fingerprint(module):

@@ -73,13 +73,13 @@ def seed_number(text):
 
 def zero_or_more(text):
     if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give 0 or more")
     return float(text)
 
 
 def above_zero(text):
     if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is too small: give more than 0")
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give more than 0")
     return float(text)
 
 
