@@ -45,9 +45,10 @@ class Stored:
         self.rows = {key: number for number, key in enumerate(keys)}
         text = hashlib.sha256(b"".join(self.rows)).hexdigest()
         made, path = {"teacher": fingerprint(self.teacher), "text": text}, self.folder / "made.json"
-        if path.exists() and json.loads(path.read_text()) != made:
+        if not path.exists():
+            write_whole(path, json.dumps(made).encode())
+        elif json.loads(path.read_text()) != made:
             raise InputError(f"{folder} holds the states of another teacher, text or --seq-len: give another folder")
-        write_whole(path, json.dumps(made).encode())
         self.files, self.context = {}, None
 
     def numbers_of(self, ids):
