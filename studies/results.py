@@ -230,7 +230,7 @@ def draw_bars(groups, path):
             axes.barh(number, min(kl, widest), color=color)
             axes.text(min(kl, widest), number, f" {kl:.2f}" + (" →" if kl > widest else ""), va="center", fontsize=9)
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-        axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel="KL from the teacher, nats per token: shorter is better", xlim=(0, 1.15 * widest))
+        axes.set(title=f"layers {start}..{end - 1} replaced by one", xlabel="KL, nats per token: shorter is better", xlim=(0, 1.15 * widest))
         axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, path)
 
