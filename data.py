@@ -1,30 +1,32 @@
-"""Text as rows of seq_len token ids. Training rows never end, and the place in them can be saved and restored.
+"""Text as rows of seq_len token ids. Training rows never run out, and the place in them can be saved and restored.
 
-`data` is "stdlib", the source of the running Python's standard library; a text file, or a glob of them; or a data set with
-a column "text", on the hub or in a folder, or its files (.jsonl, .parquet or .csv, compressed or not).
+`data` names the text: "stdlib", the source of Python's standard library; a file, folder or glob of one kind of file, either plain
+text, each file a document, or rows with a column "text"; or a data set on the hub. Plain text is read into memory and shuffled;
+rows are streamed in their order.
 
-Held-out text is never trained on. Of the standard library it is 1 file in 20; of a data set its validation or test split;
-of all else the last twentieth of each document. Of the held-out rows every other one is for validation, which settings may
-be chosen by; the rest are for the test, which is reported.
+Held-out text is never trained on: 1 file in 20 of the standard library, the validation or test split of a data set on the hub,
+or else the last twentieth of every document. Settings are chosen on its first half, for validation; its second half is the test.
 """
 import glob
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
+import fsspec
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.distributed import split_dataset_by_node
 
-from lft import UNREADABLE, InputError, first_line
+from lft import InputError
 
 disable_progress_bars()
-
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # of the library, by a file's suffix
+PILE = "monology/pile-uncopyrighted"
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "plain", ".md": "plain", ".py": "plain"}
 
 
 def stdlib_texts(held_out):
-    """The files of the standard library, tests left out; 1 in 20, by a hash of its path, is held out."""
+    """The standard library's .py files without its tests; a hash of the path decides which 1 in 20 is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -33,93 +35,75 @@ def stdlib_texts(held_out):
                 yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def kinds_of(paths):
-    """The readers that files want, by their suffixes: of the library's for rows, or "text"."""
-    return {next((READERS[suffix] for suffix in Path(path).suffixes if suffix in READERS), "text") for path in paths}
-
-
-def open_text(data, held_out):
-    """The documents of `data`, rows with a column "text", and whether each is still to be cut into its two parts."""
+def documents(data, held_out):
+    """The documents of `data`, a list of texts or streamed rows with a column "text", and the part of each to keep."""
     if data == "stdlib":
-        return Dataset.from_dict({"text": list(stdlib_texts(held_out))}), False
-    files = sorted(path for path in glob.glob(data, recursive=True) if Path(path).is_file())
-    if len(kinds_of(files)) > 1:
-        raise InputError(f"data {data} names files of several kinds: give those of one")
-    if kinds_of(files) == {"text"}:
-        return Dataset.from_dict({"text": [Path(path).read_text(encoding="utf-8") for path in files]}), True
+        return list(stdlib_texts(held_out)), (0, 1)
+    cut = (0.95, 1) if held_out else (0, 0.95)
+    paths = [data] if Path(data).is_file() else glob.glob(f"{data}/**" if Path(data).is_dir() else data, recursive=True)
+    files = sorted({os.path.realpath(path) for path in paths if Path(path).is_file()})  # each once, whatever the links to it
+    kinds = {READERS.get(Path(file.lower().removesuffix(".gz").removesuffix(".zst")).suffix) for file in files}
+    if None in kinds or len(kinds) > 1:
+        raise InputError(f"give files of one kind (.gz or .zst added or not): {' '.join(READERS)}")
+    if kinds == {"plain"}:
+        return [fsspec.open(file, "rt", encoding="utf-8", compression="infer").open().read() for file in files], cut
     if files:
-        (kind,) = kinds_of(files)
-        return load_dataset(kind, data_files=files, split="train", streaming=True), True
-    books = any(Path(data).rglob("*.txt")) and kinds_of(Path(data).rglob("*.*")) == {"text"}
-    as_text = {"sample_by": "document"} if books else {}  # or each line would be a document
-    splits = load_dataset(data, streaming=True, **as_text)
-    for name, file in (("validation", "val.*"), ("test", "test.*")):
-        if name in splits:
-            return splits[name if held_out else "train"], False
-        try:  # the Pile's folder train/ hides these files beside it
-            hidden = load_dataset(data, data_files=file, split="train", streaming=True, **as_text)
-            return hidden if held_out else splits["train"], False
-        except FileNotFoundError:
-            continue
-    return splits["train"], True
+        return load_dataset(*kinds, data_files=files, split="train", streaming=True), cut
+    files = {"train": "train/*", "validation": "val.jsonl.zst"} if data == PILE else None  # the hub knows only its train split
+    splits = load_dataset(data, data_files=files, streaming=True)
+    held = splits.get("validation", splits.get("test"))
+    return (splits["train"], cut) if held is None else (held if held_out else splits["train"], (0, 1))
 
 
-def pack(rows, numbers, tokenizer, seq_len, part):
-    """Join documents, each closed by the end-of-text token, and cut them into rows of seq_len tokens.
-
-    part: the slice of each document to keep, (begin, end) as shares of its length. Beside its "ids" each row has the number of
-    the "document" in which it begins.
-    """
-    texts = {number: text[int(part[0] * len(text)) : int(part[1] * len(text))] for number, text in zip(numbers, rows["text"]) if text is not None}
-    ids, documents = [], []
+def pack(rows, numbers, tokenizer, seq_len, cut):
+    """Join documents, each closed by the end-of-text token, and cut rows from them, which belong to the document they begin in."""
+    low, high = cut
+    texts = {number: text[int(low * len(text)) : int(high * len(text))] for number, text in zip(numbers, rows["text"]) if text}
+    ids, owners = [], []
     for number, tokens in zip(texts, tokenizer([*texts.values()], verbose=False)["input_ids"] if texts else []):
         ids += [*tokens, tokenizer.eos_token_id]
-        documents += [number] * (len(tokens) + 1)
+        owners += [number] * (len(tokens) + 1)
     starts = range(0, len(ids) - seq_len + 1, seq_len)
-    return {"ids": [ids[i : i + seq_len] for i in starts], "document": [documents[i] for i in starts]}
+    return {"ids": [ids[i : i + seq_len] for i in starts], "document": [owners[i] for i in starts]}
 
 
 def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
-    """One pass over `data`: rows {"ids": seq_len token ids, "document": number}, in memory or streamed.
-
-    rank, world_size: of several processes each gets rows of its own. Raises InputError if there is no such text, or less than
-    one row of it.
-    """
+    """One pass over the text: rows {"ids", "document"}, in memory or streamed. Raises InputError if there is not one row."""
     try:
-        rows, whole = open_text(data, held_out)
-        if isinstance(rows, Dataset):
-            batch_size = None  # all documents at once
-        else:
-            rows, batch_size = split_dataset_by_node(rows.select_columns("text"), rank, world_size), 1000
-        part = ((0.95, 1) if held_out else (0, 0.95)) if whole else (0, 1)
-        options = {"tokenizer": tokenizer, "seq_len": seq_len, "part": part}
-        rows = rows.map(pack, batched=True, batch_size=batch_size, with_indices=True, remove_columns=["text"], fn_kwargs=options)
-        for _ in rows:  # there is a row at least
-            return rows
-    except UNREADABLE as error:
-        raise InputError(
-            f'no text at {data}: give "stdlib", text files in UTF-8, or a data set in reach that has a column "text" '
-            f"({first_line(error)})"
-        ) from error
-    raise InputError(f"data {data} holds less than one {'held-out' if held_out else 'training'} row of {seq_len} tokens: give more text")
+        texts, cut = documents(data, held_out)
+        options = {"tokenizer": tokenizer, "seq_len": seq_len, "cut": cut}
+        if isinstance(texts, list):
+            rows = Dataset.from_dict(pack({"text": texts}, range(len(texts)), **options))
+        else:  # each process streams documents of its own
+            texts = split_dataset_by_node(texts.select_columns("text"), rank, world_size)
+            rows = texts.map(pack, batched=True, with_indices=True, remove_columns=["text"], fn_kwargs=options)
+        next(iter(rows))
+        return rows
+    except Exception as error:  # each reader and decompressor has its own kinds
+        reason = str(error).strip().split("\n")[0] or f"no {'held-out' if held_out else 'training'} row of {seq_len} tokens"
+        raise InputError(f"cannot read --data {data}: {reason}") from error
 
 
 def training_rows(data, tokenizer, seq_len, seed=0, rank=0, world_size=1):
-    """Training rows without end; text that is held in memory is shuffled once. `state_dict` and `load_state_dict` keep the place."""
+    """Training rows without end; `state_dict` and `load_state_dict` keep the place. Each process has rows of its own."""
     rows = token_rows(data, tokenizer, seq_len, False, rank, world_size)
     if isinstance(rows, Dataset):
         rows = split_dataset_by_node(rows.shuffle(seed=seed).to_iterable_dataset(), rank, world_size)
     return rows.repeat(None)
 
 
-def held_out_rows(data, tokenizer, seq_len, tokens, test=False):
-    """About so many held-out tokens, for validation or for the test: ids (rows, seq_len), and each row's document (rows,).
-
-    Of text in memory they are spread over the whole of it; of a data set they are the first.
-    """
-    wanted, rows = max(1, tokens // seq_len), token_rows(data, tokenizer, seq_len, held_out=True)
-    rows = list(rows if isinstance(rows, Dataset) else rows.take(2 * wanted))[int(test) :: 2]
-    if not rows:
-        raise InputError(f"data {data} holds one held-out row of {seq_len} tokens, which is for validation: give more text")
-    rows = [rows[i] for i in torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).long()]
+def held_out_rows(data, tokenizer, seq_len):
+    """All held-out rows, or the first of a stream: ids (rows, seq_len) and the number of each row's document (rows,)."""
+    rows = token_rows(data, tokenizer, seq_len, held_out=True)
+    rows = list(rows if isinstance(rows, Dataset) else rows.take(262_144 // seq_len))
     return torch.tensor([row["ids"] for row in rows]), torch.tensor([row["document"] for row in rows])
+
+
+def split_half(ids, documents, tokens, test=False):
+    """About so many tokens, spread over the validation or test half of held-out rows; at most one document is in both halves."""
+    half = slice(len(ids) // 2, None) if test else slice(0, len(ids) // 2)
+    ids, documents = ids[half], documents[half]
+    if not len(ids):
+        raise InputError("there are fewer than two held-out rows: give more text or a smaller --seq-len")
+    spread = torch.linspace(0, len(ids) - 1, min(max(1, tokens // ids.shape[1]), len(ids))).long()
+    return ids[spread], documents[spread]

@@ -1,51 +1,50 @@
-"""Train a velocity field by Flow Walking (Eq. 8, Alg. 2) to stand in for a span of a teacher's layers.
+"""Train a velocity field by Flow Walking (Eq. 8, Alg. 2) to replace a span of a teacher's layers.
 
-    python train_fw.py --start 6 --end 18              # one flow for layers 6..17, twelve of them
-    python train_fw.py --resume runs/fw-6-18           # go on with a run that was stopped, as if it had not been
+    python train_fw.py --start 6 --end 18               # layers 6..17
+    python train_fw.py --start 6 --end 18 --resume      # continue where that run stopped
 
-Flow matching looks at points on the straight path from x0 to x1. Where such paths cross it learns the mean of their
-velocities, and which x0 belongs to which x1 is lost. Flow Walking asks only that a walk from x0, each step starting where
-the last one landed, ends at the right x1. The training loop is that of train_fm.py.
+Flow matching trains at points on the straight paths from x0 to x1. Where two paths cross it learns the mean of their velocities,
+and forgets which x0 belongs to which x1. Flow Walking takes real solver steps from x0, each starting where the last one landed,
+and only asks that the walk ends at its own x1. The training loop is that of train_fm.py.
 """
 import functools
 
 import torch
 
-from eval_kl import kl_divergence, log_probabilities
+from eval_kl import TOKEN_POWER, kl_divergence, token_errors
 from lft import SOLVERS, integrate, run_script
-from train_fm import flow_matching_loss, make_parser, mean_square, one_or_more, parse_arguments, train, zero_or_more
+from train_fm import at_least, flow_matching_loss, make_parser, train
 
 
-def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0, token_power=0.0):
-    """Flow Walking (Eq. 8, Alg. 2): E‖x̂1 − x1‖², where x̂1 is x0 walked in k steps through times 0 < t1 < … < 1.
+def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0, token_power=TOKEN_POWER):
+    """E‖x̂1 - x1‖² (Eq. 8), where x̂1 is x0 walked in k steps through random times 0 < t1 < … < 1; the gradient follows all steps.
 
-    velocity: a function of (x, t). x0, x1: (batch, seq, hidden). The gradient goes through all steps; the times are sorted
-    uniforms. Returns a number, by `mean_square`. alpha: above 0 it is the hybrid (Eq. 9), L_FW + α·L_FM. logit_weight: that
-    many times KL(logits(x1) || logits(x̂1)), in nats per token, is added, which is ours.
+    velocity, x0, x1: as in `flow_matching_loss`. alpha adds α·L_FM, the hybrid (Eq. 9). logit_weight adds that many times
+    KL(logits(x1) || logits(x̂1)) in nats per token, which is ours.
     """
-    inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # each sequence has its own
+    inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # for each sequence its own
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
-    loss = mean_square(x1_hat - x1, x1, token_power)  # Eq. 8
+    loss = token_errors(x1_hat - x1, x1, token_power).mean()  # Eq. 8
     if alpha:
         loss = loss + alpha * flow_matching_loss(velocity, x0, x1, token_power=token_power)  # Eq. 9
     if logit_weight:
         with torch.no_grad():
-            log_p = log_probabilities(logits(x1))
-        loss = loss + logit_weight * kl_divergence(log_p, log_probabilities(logits(x1_hat))).mean()
+            log_p = logits(x1).float().log_softmax(dim=-1)
+        loss = loss + logit_weight * kl_divergence(log_p, logits(x1_hat).float().log_softmax(dim=-1)).mean()
     return loss
 
 
 def main():
-    parser = make_parser(__doc__.splitlines()[0], "fw", 6, 18)
-    parser.set_defaults(init="middle")  # a better start than the first layer, in trials (studies/README.md)
+    parser = make_parser(__doc__, "fw", start=6, end=18, init="middle")
     add = parser.add_argument
-    add("--k", type=one_or_more, default=3, help="steps of the walk (default %(default)s)")
-    add("--solver", choices=SOLVERS, default="midpoint", help="of each step (default %(default)s)")
-    add("--alpha", type=zero_or_more, default=0.0, help="weight of the flow-matching loss in the hybrid, Eq. 9 (default %(default)s)")
-    add("--logit-weight", type=zero_or_more, default=0.0, help="weight of the logits' KL in the loss, ours; runs the layers after the span too (default %(default)s)")
-    args, checkpoint = parse_arguments(parser, "fw")
-    own = {"k": args.k, "solver": args.solver, "alpha": args.alpha, "logit_weight": args.logit_weight, "token_power": args.token_power}
-    train(args, checkpoint, "fw", functools.partial(flow_walking_loss, **own), args.solver, args.k)
+    add("--k", type=at_least(1), default=3, help="steps of the walk")
+    add("--solver", choices=SOLVERS, default="midpoint", help="solver of each step")
+    add("--alpha", type=at_least(0.0), default=0.0, help="weight of the flow-matching loss in the hybrid (Eq. 9)")
+    add("--logit-weight", type=at_least(0.0), default=0.0, help="weight of the logits' KL; runs the layers after the span too")
+    add("--token-power", type=at_least(0.0), default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
+    args = parser.parse_args()
+    own = {name: getattr(args, name) for name in ("k", "solver", "alpha", "logit_weight", "token_power")}
+    train(args, functools.partial(flow_walking_loss, **own), args.solver, args.k)
 
 
 if __name__ == "__main__":
