@@ -1,9 +1,10 @@
-# make demo: everything on a fresh machine, with the embedded teacher. make test: the tests. make smollm2: a real language model.
+# make demo: everything on a fresh machine, with the included teacher. make test: the tests. make smollm2: a real language model.
 
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 500 --out runs/demo --overwrite
+	rm -rf runs/demo
+	.venv/bin/python train_fw.py --start 6 --end 18 --teacher tiny_teacher --max-steps 500 --out runs/demo
 	.venv/bin/python eval_kl.py runs/demo --tokens 16384
 
 test: .venv/installed-for-studies

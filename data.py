@@ -22,7 +22,7 @@ from lft import InputError
 
 disable_progress_bars()
 PILE = "monology/pile-uncopyrighted"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "plain", ".md": "plain", ".py": "plain"}
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"} | dict.fromkeys((".txt", ".md", ".py"), "plain")
 
 
 def stdlib_texts(held_out):
@@ -56,7 +56,7 @@ def documents(data, held_out):
 
 
 def pack(rows, numbers, tokenizer, seq_len, cut):
-    """Join documents, each closed by the end-of-text token, and cut rows from them, which belong to the document they begin in."""
+    """Join documents, each closed by the end-of-text token, and cut them into rows, each of the document it begins in."""
     low, high = cut
     texts = {number: text[int(low * len(text)) : int(high * len(text))] for number, text in zip(numbers, rows["text"]) if text}
     ids, owners = [], []

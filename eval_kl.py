@@ -19,9 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import held_out_rows, split_half, training_rows
-from lft import (
-    SOLVERS, FlowLayer, InputError, LFTForCausalLM, backbone, hidden_pair, load_teacher, replace_span, run_script, share, trunk_of,
-)  # fmt: skip
+from lft import SOLVERS, FlowLayer, InputError, LFTForCausalLM, backbone, hidden_pair, load_teacher, replace_span, run_script
+from lft import share, trunk_of
 
 
 # ---- 1. Measures
@@ -34,7 +33,7 @@ TOKEN_POWER = 1.0  # ours; the paper's plain mean is 0
 
 
 def token_errors(error, x1, power=TOKEN_POWER):
-    """Each token's squared error over |x1|^power: (batch, seq, hidden) twice -> (batch, seq). With power 2 their mean is the NMSE.
+    """Each token's squared error over |x1|^power: (batch, seq, hidden) twice -> (batch, seq). Power 2 gives the NMSE.
 
     Language models give a few tokens, above all the first, states hundreds of times longer than the rest (massive activations).
     With power 0 those few tokens are almost the whole mean; with 2 they hardly count.
@@ -58,10 +57,11 @@ def evaluate(teacher, models, rows, start, end, title=None):
             log_q = model(ids, use_cache=False).logits.log_softmax(dim=-1)
             nll = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
             top1 = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
-            layer, nmse = backbone(model).layers[start : start + 1], torch.full_like(top1, torch.nan)
-            if len(layer) and isinstance(layer[0], (FlowLayer, LinearLayer)):
-                nmse = token_errors(layer[0](x0, **context) - x1, x1, power=2)
-            scores[name].append(torch.stack([each.mean(dim=1).cpu() for each in (kl_divergence(log_p, log_q), nll, top1, nmse)]))
+            layers, nmse = [*backbone(model).layers, None], torch.full_like(top1, torch.nan)
+            if isinstance(layers[start], (FlowLayer, LinearLayer)):
+                nmse = token_errors(layers[start](x0, **context) - x1, x1, power=2)
+            measures = (kl_divergence(log_p, log_q), nll, top1, nmse)
+            scores[name].append(torch.stack([values.mean(dim=1).cpu() for values in measures]))
     return {name: dict(zip(("kl", "nll", "top1", "nmse"), torch.cat(parts, dim=1))) for name, parts in scores.items()}
 
 
@@ -92,15 +92,14 @@ class LinearLayer(nn.Linear):
 
 @torch.no_grad()
 def fit_linear(teacher, rows, start, end, token_power=TOKEN_POWER):
-    """The linear map from x0 to x1 by least squares over rows of ids, in closed form; tokens are weighted as in the flow's loss."""
+    """The linear map from x0 to x1 by least squares over rows of ids; tokens are weighted as in the flow's loss."""
     trunk, hidden = trunk_of(teacher, end), teacher.config.hidden_size
     inputs, products = 0, 0  # sums over tokens of [x0, 1] with itself and with x1; in float64, which not every device has
     for ids in rows.split(max(1, 4096 // rows.shape[1])):
         x0, x1, _ = hidden_pair(trunk, ids.to(teacher.device), start)
         weight = token_errors(torch.ones_like(x1), x1, token_power)[..., None]
-        x0 = F.pad(x0, (0, 1), value=1.0).flatten(0, 1).double().cpu()
-        x0_weighted, x1 = x0 * weight.flatten(0, 1).double().cpu(), x1.flatten(0, 1).double().cpu()
-        inputs, products = inputs + x0_weighted.T @ x0, products + x0_weighted.T @ x1
+        x0, x1, weight = (x.flatten(0, 1).cpu().double() for x in (F.pad(x0, (0, 1), value=1.0), x1, weight))
+        inputs, products = inputs + (weight * x0).T @ x0, products + (weight * x0).T @ x1
     solution = torch.linalg.lstsq(inputs, products, driver="gelsd").solution.float()  # (hidden + 1, hidden)
     linear = LinearLayer(hidden, hidden).requires_grad_(False)
     linear.load_state_dict({"weight": solution[:-1].T, "bias": solution[-1]})
@@ -161,15 +160,16 @@ def print_table(rows, config):
     kl, trained, length = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}", config.end - config.start
     n, method, skip, flow = PAPER.get(length, (0, "", 1, 1))
     if ratios := [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in kl if name.startswith(f"skip {n},")]:
-        print(f"KL of {trained} over that of skip {n}: {', '.join(ratios)} (paper, {method}, {length} layers: {flow / skip:.2f})")
-    print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. perpl.: perplexity.")
-    print("top-1: how often the most likely token is the teacher's. weights: millions. time: of a forward pass, over the teacher's.\n")
+        print(f"KL of {trained} over that of skip {n}: {', '.join(ratios)} (paper, {method}: {flow / skip:.2f})")
+    print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how often")
+    print("the most likely token is the teacher's. weights: millions. time: of a forward pass, over the teacher's.\n")
     print(f"{'row':25}{'replaced':>11}{'evaluations':>12}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}{'time':>6}")
     for row in rows:
         error = "" if row["kl_stderr"] is None else f" +- {row['kl_stderr']:.4f}"
         nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{row['kl']:>{17 - len(error)}.4f}{error}", end="")
-        print(f"{nmse:>8}{row['perplexity']:>8.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
+        kl = f"{row['kl']:.4f}{error}"
+        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17}{nmse:>8}", end="")
+        print(f"{row['perplexity']:>8.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
 
 
 # ---- 4. Loading
@@ -202,7 +202,8 @@ def origins(teacher, held_out):
 def load_student(run, device="cpu"):
     """The student in a run's folder, in float32. Raises InputError if it cannot be loaded."""
     try:
-        student, report = LFTForCausalLM.from_pretrained(run, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+        student, report = LFTForCausalLM.from_pretrained(run, **options)
         student.config.training["data"]
     except Exception as error:  # transformers and safetensors raise many kinds
         reason = str(error).strip().split("\n")[0]
@@ -244,9 +245,9 @@ def main():
     print(f"{rows.numel():,} test tokens of {data}, which begin in {len(documents.unique())} documents")
     print_table(result, config)
     if args.json:
-        made = {"teacher": config.teacher, "fingerprint": training["teacher_sha256"], "flow": fingerprint(student.flow), "data": data}
-        made |= {"start": config.start, "end": config.end, "seq_len": training["seq_len"], "tokens": rows.numel(), "rows": result}
-        Path(args.json).write_text(json.dumps(made, indent=2) + "\n")
+        made = {"teacher": config.teacher, "fingerprint": training["teacher_sha256"], "flow": fingerprint(student.flow)}
+        made |= {"start": config.start, "end": config.end, "data": data, "seq_len": training["seq_len"], "tokens": rows.numel()}
+        Path(args.json).write_text(json.dumps(made | {"rows": result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ class VelocityBlock(nn.Module):
         embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).to(x.dtype)
         # In DiT's names: β = shift, γ = 1 + scale, α = 1 + gate. Each is (hidden,) or (batch, 1, hidden).
         shift1, scale1, gate1, shift2, scale2, gate2 = self.time_mlp(embedding).to(x.dtype).chunk(6, dim=-1)
-
         attention, _ = self.attention(self.norm1(x) * (1 + scale1) + shift1, **context)
         attention = (1 + gate1) * attention
         y = x if self.parallel else x + attention
@@ -186,8 +185,7 @@ def hidden_pair(trunk, ids, start):
     trunk: `trunk_of(teacher, end)`. ids: (batch, seq), without padding.
     """
     calls = []
-    record = lambda _, args, context: calls.append((args[0], context))
-    hook = trunk.layers[start].register_forward_pre_hook(record, with_kwargs=True)
+    hook = trunk.layers[start].register_forward_pre_hook(lambda _, x, context: calls.append((x[0], context)), with_kwargs=True)
     x1 = trunk(ids, use_cache=False).last_hidden_state
     hook.remove()
     ((x0, context),) = calls
@@ -222,14 +220,15 @@ def load_teacher(name, device="cpu"):
 @torch.no_grad()
 def check_layers(teacher, layers):
     """Raise InputError unless x + u(x, t), u a new VelocityBlock, is the output of each of these layers, given by number."""
-    ids = torch.arange(8, device=teacher.device)[None]
+    ids, shapes = torch.arange(8, device=teacher.device)[None], []
     for number in layers:
         try:
-            layer, first = (backbone(teacher).layers[i] for i in (number, layers[0]))
+            layer = backbone(teacher).layers[number]
+            shapes.append([weight.shape for weight in layer.parameters()])
             x0, x1, context = hidden_pair(trunk_of(teacher, number + 1), ids, number)
             error = (x0 + VelocityBlock(layer).to(x0)(x0, 0.0, **context) - x1).norm() / (x1 - x0).norm()
             assert error <= 1e-4, f"x + u(x, t) misses its output by {error:.1%} of the update"
-            assert [w.shape for w in layer.parameters()] == [w.shape for w in first.parameters()], f"it is unlike layer {layers[0]}"
+            assert shapes[0] == shapes[-1], f"its weights are not shaped like those of layer {layers[0]}"
         except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"VelocityBlock does not fit layer {number} of this {teacher.config.model_type}: {error}") from error
 
@@ -238,16 +237,16 @@ def check_layers(teacher, layers):
 
 
 class LFTConfig(PreTrainedConfig):
-    """text_config: the teacher's, with one layer in place of the span. solver, k: of the flow. training: what made it."""
+    """teacher_config: the teacher's, a dict. start, end: the span. solver, k: of the flow. training: what made the student."""
 
     model_type = "lft"
     sub_configs = {"text_config": AutoConfig}
 
-    def __init__(self, text_config=None, start=0, end=1, solver="midpoint", k=3, teacher=None, training=None, **kwargs):
-        self.text_config = AutoConfig.for_model(**text_config) if text_config else None
-        self.start, self.end, self.solver, self.k = start, end, solver, k
+    def __init__(self, teacher_config=None, start=0, end=1, solver="midpoint", k=3, teacher=None, training=None, **kwargs):
+        self.teacher_config, self.start, self.end, self.solver, self.k = teacher_config, start, end, solver, k
         self.teacher, self.training = teacher, training or {}
-        super().__init__(**kwargs)
+        self.text_config = AutoConfig.for_model(**teacher_config) if teacher_config else None  # later the shorter decoder's
+        super().__init__(**{name: value for name, value in kwargs.items() if name != "text_config"})
 
 
 class LFTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -261,13 +260,12 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config, teacher=None):
         super().__init__(config)
-        end = config.end if teacher else config.start + 1  # text_config has one layer in place of the span
         if teacher:
             self.generation_config = copy.deepcopy(teacher.generation_config)
         teacher = teacher or AutoModelForCausalLM.from_config(config.text_config)
-        check_span(teacher, config.start, end)
+        check_span(teacher, config.start, config.end)
         velocity = self.velocity_class(backbone(teacher).layers[config.start])
-        self.model = replace_span(teacher, config.start, end, FlowLayer(velocity, config.solver, config.k))
+        self.model = replace_span(teacher, config.start, config.end, FlowLayer(velocity, config.solver, config.k))
         self.config.text_config = self.model.config
         self.post_init()
 
@@ -278,11 +276,11 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
     def flow(self):
         return backbone(self).layers[self.config.start]
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, **kwargs):  # named, because `generate` looks for these names
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, logits_to_keep=0, **kwargs):
+        """As any causal LM of transformers; `generate` looks for these names."""
         self.flow.solver, self.flow.k = self.config.solver, self.config.k
-        return self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                          inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        return self.model(input_ids, logits_to_keep=logits_to_keep, **kwargs)
 
 
 LFTConfig.register_for_auto_class()

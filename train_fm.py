@@ -131,26 +131,30 @@ def autocast(device):
 
 
 # ---- 4. The run's folder
-def open_run(args, options):
-    """Claim the folder of a new run, or read the checkpoint of the one to resume; returns its log and the checkpoint or None.
+MAY_CHANGE = {"resume", "max_steps", "save_every", "device", "compile", "teacher", "out"}  # when a run is resumed
 
-    options: all that must be as it was at the beginning of the run. Raises InputError.
+
+def open_run(args, **made_from):
+    """Claim the folder of a new run, or read the checkpoint of the one to resume. Raises InputError.
+
+    Returns the log, the checkpoint or None, and all options that must not change: those of the command and made_from.
     """
-    log, path = Path(args.out) / "log.jsonl", Path(args.out) / "checkpoint.pt"
+    log = Path(args.out) / "log.jsonl"
+    options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | made_from
     if not args.resume:
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return open(log, "x"), None  # fails for one of two runs that start together
+            return open(log, "x"), None, options  # fails for one of two runs that start together
         except FileExistsError as error:
             raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out") from error
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, was in checkpoint["options"].items():
         if options.get(name) != was:
-            raise InputError(f"{args.out} was trained with {name} {was}, not {options.get(name)}: give what it was trained with")
+            raise InputError(f"{args.out} was trained with {name} {was}, not {options.get(name)}: give the same again")
     if args.max_steps < checkpoint["max_steps"]:
         raise InputError(f"{args.out} was trained with --max-steps {checkpoint['max_steps']}: give as many or more")
     log.write_text(checkpoint["log"])  # without the lines that came after the checkpoint
-    return open(log, "a"), checkpoint
+    return open(log, "a"), checkpoint, options
 
 
 def save_checkpoint(folder, **state):
@@ -191,14 +195,12 @@ def train(args, loss_of, solver, k):
     for frozen in (*trunk.layers, *backbone(head).layers) if args.compile else ():
         frozen.forward = torch.compile(frozen.forward)
     if rank == 0:
-        print(f"{args.teacher}: one flow replaces layers {args.start}..{args.end - 1}; on {device}; reading {args.data}", flush=True)
+        print(f"{args.teacher}: a flow replaces layers {args.start}..{args.end - 1}, on {device}; reading {args.data}", flush=True)
     text = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
     held_out = held_out_rows(args.data, tokenizer, args.seq_len)
     validation, _ = split_half(*held_out, tokens=16_384)
-    may_change = {"resume", "max_steps", "save_every", "device", "compile", "teacher", "out"}
-    options = {name: value for name, value in vars(args).items() if name not in may_change}
-    options |= origins(teacher, held_out[0]) | {"world_size": world_size}
-    log, checkpoint = open_run(args, options) if rank == 0 or args.resume else (None, None)
+    made_from = origins(teacher, held_out[0]) | {"world_size": world_size}
+    log, checkpoint, options = open_run(args, **made_from) if rank == 0 or args.resume else (None, None, None)
     step, lines = 0, ""
     if checkpoint:
         step, lines = checkpoint["step"], checkpoint["log"]
@@ -206,8 +208,12 @@ def train(args, loss_of, solver, k):
         for part, state in zip((velocity, *optimizers), checkpoint["trained"]):
             part.load_state_dict(state)
     if rank == 0:
-        with tempfile.TemporaryDirectory(dir=args.out) as trial:
-            student.save_pretrained(trial)  # fails now, if it must, and not after the training
+        with tempfile.TemporaryDirectory(dir=args.out) as trial:  # fails now, if it must, and not after the training
+            student.save_pretrained(trial, save_original_format=False)
+            again = LFTForCausalLM.from_pretrained(trial, dtype=torch.float32).eval()
+        ids = validation[:1]
+        if not torch.allclose(again(ids).logits, student(ids.to(device)).logits.cpu(), atol=1e-3):
+            raise InputError(f"a {teacher.config.model_type} student loads other than it was saved: use another teacher")
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -218,8 +224,8 @@ def train(args, loss_of, solver, k):
     tokens, losses, clock, stop = args.batch_size * args.seq_len, [], time.perf_counter(), False  # tokens per step
     progress = tqdm(total=args.max_steps, initial=step, unit="step", disable=rank > 0)
     for step in range(step + 1, args.max_steps + 1):
-        # Seeded by the step, so that there is no random state to save. CPU generators keep 32 bits: multiples of this odd number
-        # near 2^32 / 1.618 keep the seeds of different runs far apart in them.
+        # Seeded by the step, so there is no random state to save. The odd factor near 2^32 / 1.618 keeps runs of different seeds
+        # far apart in the 32 bits that CPU generators keep.
         torch.manual_seed((args.seed * 2_654_435_761 + step * world_size + rank) % 2**32)
         sums = torch.zeros(2, device=device)  # the loss, and how many processes are to stop
         for _ in range(args.accumulate):
@@ -244,8 +250,9 @@ def train(args, loss_of, solver, k):
         if step % 10 and not saving:
             continue
 
-        line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "lr": learning_rate(step, args),
-                "gradient_norm": norm, "tokens_per_second": round(len(losses) * tokens / (time.perf_counter() - clock))}  # fmt: skip
+        speed = len(losses) * tokens / (time.perf_counter() - clock)
+        line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "gradient_norm": norm,
+                "lr": learning_rate(step, args), "tokens_per_second": round(speed)}  # fmt: skip
         if saving:
             score = evaluate(teacher, {"student": student}, validation, args.start, args.end)["student"]
             line |= {"held_out_nmse": score["nmse"].mean().item(), "held_out_kl": score["kl"].mean().item()}
@@ -254,20 +261,19 @@ def train(args, loss_of, solver, k):
             if world_size > 1:
                 dist.all_gather_object(places, places[rank])
         lines += json.dumps(line) + "\n"
-        if saving and rank == 0:
-            trained = [part.state_dict() for part in (velocity, *optimizers)]
-            save_checkpoint(args.out, options=options, max_steps=args.max_steps, step=step, log=lines, text=places, trained=trained)
+        if rank == 0 and saving:  # saved first, printed after: a closed pipe loses nothing
+            state = {"options": options, "max_steps": args.max_steps, "step": step, "log": lines, "text": places}
+            save_checkpoint(args.out, **state, trained=[part.state_dict() for part in (velocity, *optimizers)])
             tqdm.write(f"step {step}: validation KL {line['held_out_kl']:.4f} nats per token")
         if rank == 0:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            print(json.dumps(line), file=log, flush=True)
         if stop:
             break
         losses, clock = [], time.perf_counter()
     if rank == 0:
         student.config.training = vars(args) | options | {"tokens": step * tokens}
         (Path(args.out) / "model.safetensors").unlink(missing_ok=True)  # a kill leaves no model, rather than an old one as new
-        student.save_pretrained(args.out)
+        student.save_pretrained(args.out, save_original_format=False)
         tokenizer.save_pretrained(args.out)
         print(f"saved in {args.out}: python eval_kl.py {args.out}")
     if world_size > 1:
@@ -276,7 +282,8 @@ def train(args, loss_of, solver, k):
 
 def main():
     parser = make_parser(__doc__, "fm", start=6, end=12)
-    parser.add_argument("--token-power", type=at_least(0.0), default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
+    add = parser.add_argument
+    add("--token-power", type=at_least(0.0), default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
     args = parser.parse_args()
     train(args, functools.partial(flow_matching_loss, token_power=args.token_power), solver="midpoint", k=1)
 

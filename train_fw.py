@@ -16,8 +16,10 @@ from lft import SOLVERS, integrate, run_script
 from train_fm import at_least, flow_matching_loss, make_parser, train
 
 
-def flow_walking_loss(velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0, token_power=TOKEN_POWER):
-    """E‖x̂1 - x1‖² (Eq. 8), where x̂1 is x0 walked in k steps through random times 0 < t1 < … < 1; the gradient follows all steps.
+def flow_walking_loss(
+    velocity, x0, x1, logits=None, k=3, solver="midpoint", alpha=0.0, logit_weight=0.0, token_power=TOKEN_POWER
+):  # fmt: skip
+    """E‖x̂1 - x1‖² (Eq. 8), where x̂1 is x0 walked in k steps through random times 0 < t1 < … < 1, with gradients through all.
 
     velocity, x0, x1: as in `flow_matching_loss`. alpha adds α·L_FM, the hybrid (Eq. 9). logit_weight adds that many times
     KL(logits(x1) || logits(x̂1)) in nats per token, which is ours.
