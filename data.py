@@ -22,7 +22,8 @@ from lft import InputError
 
 disable_progress_bars()
 PILE = "monology/pile-uncopyrighted"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"} | dict.fromkeys((".txt", ".md", ".py"), "plain")
+PLAIN = (".txt", ".md", ".py")
+READERS = dict.fromkeys(PLAIN, "plain") | {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def stdlib_texts(held_out):
@@ -40,7 +41,8 @@ def documents(data, held_out):
     if data == "stdlib":
         return list(stdlib_texts(held_out)), (0, 1)
     cut = (0.95, 1) if held_out else (0, 0.95)
-    paths = [data] if Path(data).is_file() else glob.glob(f"{data}/**" if Path(data).is_dir() else data, recursive=True)
+    pattern = f"{glob.escape(data)}/**" if Path(data).is_dir() else data
+    paths = [data] if Path(data).is_file() else glob.glob(pattern, recursive=True)
     files = sorted({os.path.realpath(path) for path in paths if Path(path).is_file()})  # each once, whatever the links to it
     kinds = {READERS.get(Path(file.lower().removesuffix(".gz").removesuffix(".zst")).suffix) for file in files}
     if None in kinds or len(kinds) > 1:
@@ -48,7 +50,7 @@ def documents(data, held_out):
     if kinds == {"plain"}:
         return [fsspec.open(file, "rt", encoding="utf-8", compression="infer").open().read() for file in files], cut
     if files:
-        return load_dataset(*kinds, data_files=files, split="train", streaming=True), cut
+        return load_dataset(*kinds, data_files=[glob.escape(file) for file in files], split="train", streaming=True), cut
     files = {"train": "train/*", "validation": "val.jsonl.zst"} if data == PILE else None  # the hub knows only its train split
     splits = load_dataset(data, data_files=files, streaming=True)
     held = splits.get("validation", splits.get("test"))

@@ -157,8 +157,9 @@ PAPER = {6: (2, "flow matching", 0.529, 0.407), 12: (3, "Flow Walking", 0.932, 0
 
 
 def print_table(rows, config):
-    kl, trained, length = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}", config.end - config.start
-    n, method, skip, flow = PAPER.get(length, (0, "", 1, 1))
+    """Print the rows of the table, below the ratios to compare with the paper's if it has a span of this length."""
+    kl, trained = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}"
+    n, method, skip, flow = PAPER.get(config.end - config.start, (0, "", 1, 1))
     if ratios := [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in kl if name.startswith(f"skip {n},")]:
         print(f"KL of {trained} over that of skip {n}: {', '.join(ratios)} (paper, {method}: {flow / skip:.2f})")
     print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how often")

@@ -65,8 +65,6 @@ class VelocityBlock(nn.Module):
 
 
 # ---- 2. The solvers: one step from time t to time s, each a number or (batch, 1, 1)
-
-
 def euler(velocity, x, t, s):
     """One Euler step (Eq. 4): x + d·u(x, t), where d = s - t."""
     return x + (s - t) * velocity(x, t)
@@ -90,8 +88,6 @@ def integrate(velocity, x, times, solver="midpoint"):
 
 
 # ---- 3. The flow in place of the span
-
-
 class FlowCache:
     """The KV cache as the velocity sees it during one walk: each evaluation has its own slot.
 
@@ -168,8 +164,6 @@ def replace_span(teacher, start, end, layer=None):
 
 
 # ---- 4. The training pair
-
-
 def trunk_of(teacher, end):
     """The teacher's decoder up to layer `end`, without the final norm: it returns x1."""
     n = len(backbone(teacher).layers)
@@ -193,8 +187,6 @@ def hidden_pair(trunk, ids, start):
 
 
 # ---- 5. The teacher
-
-
 def load_teacher(name, device="cpu"):
     """A frozen causal LM in float32, and its tokenizer. name: tiny_teacher, a folder, or a model on the hub.
 
@@ -227,15 +219,15 @@ def check_layers(teacher, layers):
             shapes.append([weight.shape for weight in layer.parameters()])
             x0, x1, context = hidden_pair(trunk_of(teacher, number + 1), ids, number)
             error = (x0 + VelocityBlock(layer).to(x0)(x0, 0.0, **context) - x1).norm() / (x1 - x0).norm()
-            assert error <= 1e-4, f"x + u(x, t) misses its output by {error:.1%} of the update"
-            assert shapes[0] == shapes[-1], f"its weights are not shaped like those of layer {layers[0]}"
-        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if not error <= 1e-4:
+                raise ValueError(f"x + u(x, t) misses its output by {error:.1%} of the update")
+            if shapes[0] != shapes[-1]:
+                raise ValueError(f"its weights are not shaped like those of layer {layers[0]}")
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"VelocityBlock does not fit layer {number} of this {teacher.config.model_type}: {error}") from error
 
 
 # ---- 6. The student
-
-
 class LFTConfig(PreTrainedConfig):
     """teacher_config: the teacher's, a dict. start, end: the span. solver, k: of the flow. training: what made the student."""
 
@@ -272,6 +264,9 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
     def init_weights(self):
         self.tie_weights()  # no initialization: the weights are the teacher's, or about to be loaded
 
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
     @property
     def flow(self):
         return backbone(self).layers[self.config.start]
@@ -280,7 +275,14 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
         """As any causal LM of transformers; `generate` looks for these names."""
         self.flow.solver, self.flow.k = self.config.solver, self.config.k
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        return self.model(input_ids, logits_to_keep=logits_to_keep, **kwargs)
+        states, layers = [], backbone(self).layers if kwargs.get("output_hidden_states") else []
+        hooks = [layer.register_forward_pre_hook(lambda _, x: states.append(x[0])) for layer in layers]
+        output = self.model(input_ids, logits_to_keep=logits_to_keep, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        if hooks:  # transformers records only the teacher's kind of layer, so not the flow
+            output.hidden_states = (*states, output.hidden_states[-1])
+        return output
 
 
 LFTConfig.register_for_auto_class()

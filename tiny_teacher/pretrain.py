@@ -35,7 +35,7 @@ tokenizer.save_pretrained(args.out)
 def sequences(texts):
     """The texts joined, each closed by the end-of-text token, and cut: ids (sequences, 256)."""
     texts = list(texts)
-    return torch.tensor(pack({"text": texts}, range(len(texts)), tokenizer, 256, part=(0, 1))["ids"])
+    return torch.tensor(pack({"text": texts}, range(len(texts)), tokenizer, 256, cut=(0, 1))["ids"])
 
 
 train, held_out = sequences(stdlib_texts(held_out=False)), sequences(stdlib_texts(held_out=True))
