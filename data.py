@@ -58,7 +58,7 @@ def documents(data, held_out):
 
 
 def pack(rows, numbers, tokenizer, seq_len, cut):
-    """Join documents, each closed by the end-of-text token, and cut them into rows, each of the document it begins in."""
+    """Join documents, each closed by the end-of-text token, and cut them into rows; "document" is the one each row starts in."""
     low, high = cut
     texts = {number: text[int(low * len(text)) : int(high * len(text))] for number, text in zip(numbers, rows["text"]) if text}
     ids, owners = [], []
@@ -70,7 +70,7 @@ def pack(rows, numbers, tokenizer, seq_len, cut):
 
 
 def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
-    """One pass over the text: rows {"ids", "document"}, in memory or streamed. Raises InputError if there is not one row."""
+    """One pass over the text: rows {"ids", "document"}, in memory or streamed. Raises InputError if there is none."""
     try:
         texts, cut = documents(data, held_out)
         options = {"tokenizer": tokenizer, "seq_len": seq_len, "cut": cut}
@@ -82,8 +82,8 @@ def token_rows(data, tokenizer, seq_len, held_out=False, rank=0, world_size=1):
         next(iter(rows))
         return rows
     except Exception as error:  # each reader and decompressor has its own kinds
-        reason = str(error).strip().split("\n")[0] or f"no {'held-out' if held_out else 'training'} row of {seq_len} tokens"
-        raise InputError(f"cannot read --data {data}: {reason}") from error
+        part = "held-out" if held_out else "training"
+        raise InputError(f"cannot read --data {data}, or it has no {part} row of {seq_len} tokens") from error
 
 
 def training_rows(data, tokenizer, seq_len, seed=0, rank=0, world_size=1):

@@ -57,7 +57,7 @@ def evaluate(teacher, models, rows, start, end, title=None):
             log_q = model(ids, use_cache=False).logits.log_softmax(dim=-1)
             nll = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
             top1 = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
-            layers, nmse = [*backbone(model).layers, None], torch.full_like(top1, torch.nan)
+            layers, nmse = [*backbone(model).layers, None], torch.full_like(top1, torch.nan)  # start may be past the last layer
             if isinstance(layers[start], (FlowLayer, LinearLayer)):
                 nmse = token_errors(layers[start](x0, **context) - x1, x1, power=2)
             measures = (kl_divergence(log_p, log_q), nll, top1, nmse)
@@ -73,7 +73,7 @@ def standard_error(values, documents):
 
 @torch.no_grad()
 def forward_times(models, ids, rounds=5):
-    """The time of a forward pass over that of the first model, for each: medians over rounds in which they take turns."""
+    """Forward-pass time of each model relative to the first: the median over rounds in which they take turns."""
     times = torch.zeros(1 + rounds, len(models), dtype=torch.float64)
     for row, (column, model) in itertools.product(times, enumerate(models)):
         begin = time.perf_counter()
@@ -133,7 +133,7 @@ def table(teacher, student, rows, documents, fit_rows=None):
         models[f"LFT {solver} x{k}"] = model = share(student)
         model.config.solver, model.config.k = model.flow.solver, model.flow.k = solver, k
         calls[f"LFT {solver} x{k}"] = times = []
-        model.flow.walk(lambda x, t: times.append(t) or 0.0, 0.0)  # a velocity of zero counts its evaluations
+        model.flow.walk(lambda x, t: times.append(t) or 0.0, 0.0)  # with a velocity of zero, to count its evaluations
     models["span dropped"] = replace_span(teacher, start, end)
     if fit_rows is not None:
         models["linear map"] = replace_span(teacher, start, end, fit_linear(teacher, fit_rows, start, end, token_power))
@@ -162,8 +162,8 @@ def print_table(rows, config):
     n, method, skip, flow = PAPER.get(config.end - config.start, (0, "", 1, 1))
     if ratios := [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in kl if name.startswith(f"skip {n},")]:
         print(f"KL of {trained} over that of skip {n}: {', '.join(ratios)} (paper, {method}: {flow / skip:.2f})")
-    print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how often")
-    print("the most likely token is the teacher's. weights: millions. time: of a forward pass, over the teacher's.\n")
+    print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how")
+    print("often the most likely token is the teacher's. weights: millions. time: forward pass, relative to the teacher.\n")
     print(f"{'row':25}{'replaced':>11}{'evaluations':>12}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}{'time':>6}")
     for row in rows:
         error = "" if row["kl_stderr"] is None else f" +- {row['kl_stderr']:.4f}"
@@ -207,10 +207,9 @@ def load_student(run, device="cpu"):
         student, report = LFTForCausalLM.from_pretrained(run, **options)
         student.config.training["data"]
     except Exception as error:  # transformers and safetensors raise many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{run} does not hold a trained student: train it, or finish it with --resume ({reason})") from error
+        raise InputError(f"{run} does not hold a trained student: train it, or finish it with --resume") from error
     if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:  # transformers would make up missing weights
-        raise InputError(f"the weights in {run} are not those of this code's velocity: {min(wrong)} is missing or unexpected")
+        raise InputError(f"the weights in {run} do not fit this code's velocity: {min(wrong)} is missing or unexpected")
     return student.to(device)
 
 
@@ -221,7 +220,7 @@ def main():
     add("--teacher", help="where the teacher is now (default: where it was in training)")
     add("--data", help="text whose held-out part is scored (default: the training text)")
     add("--tokens", type=int, default=32_768, help="test tokens to score")
-    add("--no-baselines", action="store_true", help="leave out the linear maps and the skips, which all runs for one span share")
+    add("--no-baselines", action="store_true", help="leave out the linear maps and the skips, identical for all runs on one span")
     add("--json", help="also write the rows to this file")
     add("--device", default=DEVICE, help="cpu, cuda or mps")
     args = parser.parse_args()
@@ -234,7 +233,7 @@ def main():
         if training[name] != value:
             raise InputError(f"{args.run} was trained with another {name}: its teacher, tokenizer or text has changed since")
     if args.json:
-        open(args.json, "a").close()  # fails now, if it must, and not after the scoring
+        open(args.json, "a").close()  # fail before scoring if it cannot be written
     data = args.data or training["data"]
     rows, documents = split_half(*(held_out_rows(data, **text) if args.data else held_out), args.tokens, test=True)
     fit_rows = None
@@ -243,7 +242,7 @@ def main():
         fit_rows = torch.tensor([row["ids"] for row in fit_rows])
     result = table(teacher, student, rows, documents, fit_rows)
     print(f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}")
-    print(f"{rows.numel():,} test tokens of {data}, which begin in {len(documents.unique())} documents")
+    print(f"{rows.numel():,} test tokens of {data}, from {len(documents.unique())} documents")
     print_table(result, config)
     if args.json:
         made = {"teacher": config.teacher, "fingerprint": training["teacher_sha256"], "flow": fingerprint(student.flow)}

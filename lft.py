@@ -31,7 +31,7 @@ MAX_FREQUENCY = 1000.0  # radians per unit of t; the lowest frequency is 1
 
 
 class VelocityBlock(nn.Module):
-    """The velocity field u(x, t): a copy of a transformer layer without its outer residual, conditioned on t as in DiT (Fig. 1).
+    """The velocity field u(x, t): a transformer layer without its outer residual, conditioned on t as in DiT (paper, Fig. 1).
 
         u(x, t) = α1·attention(γ1·LN1(x) + β1) + α2·MLP(γ2·LN2(y) + β2)
 
@@ -49,7 +49,7 @@ class VelocityBlock(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, TIME_CHANNELS), nn.SiLU(), last)
         for weight in last.parameters():
             nn.init.zeros_(weight)
-        self.requires_grad_(True)
+        self.requires_grad_(True)  # the teacher's weights, which were copied, are frozen
 
     def forward(self, x, t, **context):
         """The velocity at state x and time t, a number or (batch, 1, 1). context: mask, rotary embedding, KV cache."""
@@ -98,15 +98,15 @@ class FlowCache:
         self.cache, self.n, self.steps, self.number = cache, n, steps, itertools.count()
 
     def update(self, keys, values, slot, *args, **kwargs):
-        layers, slots = self.cache.layers, vars(self.cache).setdefault("flow_slots", {})  # kept with the cache, not the model
+        layers, slots = self.cache.layers, vars(self.cache).setdefault("flow_slots", {})  # stored in the cache, not in the model
         call = (slot, self.steps, next(self.number))
-        if call not in slots and call[-1] == 0:
+        if call not in slots and call[-1] == 0:  # the first evaluation of the first walk: take the layer's slot, copy it empty
             if self.cache.get_seq_length(slot):
                 raise InputError("this KV cache was filled with another solver or k: start a new one")
             slots[call], self.empty = slot, copy.deepcopy(layers[slot : slot + 1])
-        elif call not in slots:
+        elif call not in slots:  # a later evaluation of the first walk: append a copy, unless the cache grows by itself
             slots[call] = max(len(layers), self.n)
-            layers += copy.deepcopy(self.empty)  # none, if the cache grows by itself
+            layers += copy.deepcopy(self.empty)
         return self.cache.update(keys, values, slots[call], *args, **kwargs)
 
 
@@ -116,7 +116,7 @@ class FlowLayer(GradientCheckpointingLayer):
     def __init__(self, velocity, solver="midpoint", k=3):
         super().__init__()
         self.velocity, self.solver, self.k = velocity, solver, k
-        self.config = self.layer_idx = None  # its model's, and its place there, set by replace_span
+        self.config = self.layer_idx = None  # the model's config and this layer's index, set by replace_span
 
     def walk(self, velocity, x):
         return integrate(velocity, x, [i / self.k for i in range(self.k + 1)], self.solver)
@@ -140,7 +140,7 @@ def check_span(model, start, end):
 
 
 def share(model):
-    """A copy of a model with the same weights, not copied, and its own configuration."""
+    """A deep copy of a model that shares its weights."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
@@ -182,7 +182,7 @@ def hidden_pair(trunk, ids, start):
     hook = trunk.layers[start].register_forward_pre_hook(lambda _, x, context: calls.append((x[0], context)), with_kwargs=True)
     x1 = trunk(ids, use_cache=False).last_hidden_state
     hook.remove()
-    ((x0, context),) = calls
+    x0, context = calls[0]
     return x0, x1, context
 
 
@@ -198,11 +198,11 @@ def load_teacher(name, device="cpu"):
         teacher, report = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and the packages that it calls raise many kinds
-        raise InputError(f"cannot load the teacher {name}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"cannot load the teacher {name}: give a folder, a model on the hub, or tiny_teacher") from error
     if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:  # transformers would make up missing weights
         raise InputError(f"the weights of teacher {name} do not fit its config.json: {min(wrong)} is missing or unexpected")
     if not all(weight.is_floating_point() for weight in teacher.state_dict().values()):
-        raise InputError(f"the weights of teacher {name} are quantized to integers: give the model that it was made from")
+        raise InputError(f"the weights of teacher {name} are quantized to integers: use the unquantized model")
     if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None or len(tokenizer) > teacher.config.vocab_size:
         raise InputError(f"the teacher {name} has no tokenizer that fits it: put the tokenizer's files into its folder")
     vars(teacher.config).pop("quantization_config", None)  # of weights that were dequantized on loading
@@ -211,7 +211,7 @@ def load_teacher(name, device="cpu"):
 
 @torch.no_grad()
 def check_layers(teacher, layers):
-    """Raise InputError unless x + u(x, t), u a new VelocityBlock, is the output of each of these layers, given by number."""
+    """Check that x + u(x, t), with u a new VelocityBlock, equals the output of each listed layer, or raise InputError."""
     ids, shapes = torch.arange(8, device=teacher.device)[None], []
     for number in layers:
         try:
@@ -224,12 +224,12 @@ def check_layers(teacher, layers):
             if shapes[0] != shapes[-1]:
                 raise ValueError(f"its weights are not shaped like those of layer {layers[0]}")
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"VelocityBlock does not fit layer {number} of this {teacher.config.model_type}: {error}") from error
+            raise InputError(f"VelocityBlock does not fit layer {number} of this {teacher.config.model_type}: {error}") from None
 
 
 # ---- 6. The student
 class LFTConfig(PreTrainedConfig):
-    """teacher_config: the teacher's, a dict. start, end: the span. solver, k: of the flow. training: what made the student."""
+    """teacher_config: the teacher's configuration, a dict. teacher: its name. training: the run's options and hashes."""
 
     model_type = "lft"
     sub_configs = {"text_config": AutoConfig}
@@ -290,10 +290,11 @@ LFTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def run_script(main):
-    """Call a script's main function. An error that the user can mend ends in one sentence and exit status 2."""
+    """Call a script's main function; an error that the user can fix ends in one sentence and exit status 2."""
     logging.disable_progress_bar()
     try:
         main()
-    except (InputError, OSError, EOFError) as error:  # as of a full disk, a closed pipe, a compressed file that was cut
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, EOFError) as error:  # for example a full disk, a closed pipe, a truncated file
+        cause = str(error.__cause__ or "").strip().split("\n")[0]
+        print(f"error: {error}" + (f" ({cause})" if cause else ""), file=sys.stderr)
         sys.exit(2)

@@ -236,23 +236,27 @@ def test_two_flows_and_two_attentions_cache_right(growing):
 ])  # fmt: skip
 def test_generated_text_equals_uncached(family, how):
     """A padded batch with a cache, against each of its sequences alone, without padding and without a cache."""
-    teacher, how = random_teacher(family), how | {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    teacher, beams = random_teacher(family), how.get("num_beams", 1)
+    how |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
     for start, end, solver, k, lengths in ((0, 3, "euler", 2, [20, 20, 20]), (2, 4, "midpoint", 2, [20, 13, 5])):
-        mask = torch.stack([torch.arange(20) >= 20 - n for n in lengths]).long()
-        student, without = student_of(teacher, start, end, solver, k), how | {"use_cache": False, "cache_implementation": None}
-        text = student.generate(IDS * mask, attention_mask=mask, **how)
+        mask, student = torch.stack([torch.arange(20) >= 20 - n for n in lengths]).long(), student_of(teacher, start, end, solver, k)
+        generate = lambda ids, mask, **more: student.generate(ids, attention_mask=mask, return_dict_in_generate=True, **how | more)
+        batch = generate(IDS * mask, mask)
         for row, n in enumerate(lengths):
-            assert torch.equal(text[row, 20 - n :], student.generate(IDS[row : row + 1, 20 - n :], **without)[0])
+            alone = generate(IDS[row : row + 1, 20 - n :], mask[row : row + 1, 20 - n :], use_cache=False, cache_implementation=None)
+            assert torch.equal(batch.sequences[row, 20 - n :], alone.sequences[0])
+            for one, two in zip(batch.logits, alone.logits):
+                close(one[row * beams : (row + 1) * beams], two)
 
 @pytest.mark.parametrize("family", ["neox", "mistral"])  # Mistral's window of 8 tokens is full when drafting begins
 def test_drafting_keeps_the_text(family):
     teacher, how = random_teacher(family), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for solver, k in (("euler", 1), ("midpoint", 2)):
         student = student_of(teacher, 2, 6, solver, k)
-        close_to_it = lft.replace_span(student.model, 3, 3 + 0 + 0) if False else lft.replace_span(teacher, 4, 5)
+        drafter = lft.replace_span(teacher, 4, 5)
         for row in IDS.split(1):
             assert torch.equal(teacher.generate(row, assistant_model=student, **how), teacher.generate(row, **how))
-            assert torch.equal(student.generate(row, assistant_model=close_to_it, **how), student.generate(row, **how))
+            assert torch.equal(student.generate(row, assistant_model=drafter, **how), student.generate(row, **how))
 
 def test_two_threads_do_not_mix_their_caches():
     """Both threads are held at every evaluation of the velocity until the other arrives."""
@@ -639,3 +643,530 @@ def test_printed_ratio_is_the_one_of_the_spans_length(capsys, length, n, paper):
     printed = capsys.readouterr().out
     assert printed.isascii() and ("paper" in printed) == bool(paper)
     assert not paper or re.search(rf"skip {n}: {3 / n:.2f} best, {1.5 / n:.2f} patched \(paper.*{paper}\)", printed)
+
+# ---- Runs
+
+@pytest.fixture
+def options(teacher_folder, text):
+    return ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--max-steps", 3, "--device", "cpu"]
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script's main as its command would, in float32; returns exit status, standard output and the error."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train_fm, "autocast", lambda device: contextlib.nullcontext())
+
+    def run(module, *options):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+        capsys.readouterr()
+        try:
+            status = lft.run_script(module.main) or 0
+        except SystemExit as stop:
+            status = stop.code
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        printed, errors = capsys.readouterr()
+        assert printed.isascii()  # a Windows console cannot show more
+        return status, printed, "".join(re.findall(r"error: [^\r]*", errors))
+
+    return run
+
+def record_times(setattr):
+    """The times that the losses of the scripts draw from now on, one tensor for each micro-batch."""
+    times, hybrid = [], train_fw.flow_matching_loss
+    record = lambda loss_of: lambda u, *args, **more: loss_of(recorder(u, times), *args, **more)
+    setattr(train_fm, "flow_matching_loss", record(hybrid)), setattr(train_fw, "flow_walking_loss", record(train_fw.flow_walking_loss))
+    return times
+
+def checkpoint_of(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+def logged(run):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(line.pop("tokens_per_second") > 0 for line in lines)
+    return lines
+
+def listing(folder):
+    return sorted((str(path), path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*"))
+
+def assert_equal_runs(one, two):
+    """The same weights and optimizers, bit for bit, in the checkpoints and in the models."""
+    checkpoints = [checkpoint_of(run) for run in (one, two)]
+    for key in ("options", "step", "trained", "text"):
+        assert is_equal(*(checkpoint[key] for checkpoint in checkpoints)), key
+    for run in (one, two):
+        assert is_equal(eval_kl.load_student(run).flow.velocity.state_dict(), checkpoints[0]["trained"][0])
+
+def rows_by_hand(seq_len, part):
+    """Training, validation or test rows of SOURCE, which is one document: cut without data.py."""
+    cut = int(0.95 * len(SOURCE))
+    tokens = TOKENIZER(SOURCE[:cut] if part == "training" else SOURCE[cut:])["input_ids"] + [0]
+    rows = torch.tensor(tokens[: len(tokens) // seq_len * seq_len]).view(-1, seq_len)
+    return {"training": rows, "validation": rows[: len(rows) // 2], "test": rows[len(rows) // 2 :]}[part]
+
+def first_rows(text, n, seed=0):
+    return torch.tensor([row["ids"] for row in itertools.islice(data.training_rows(str(text), TOKENIZER, 32, seed), n)])
+
+def kl_of(teacher, student, rows):
+    return double_kl(teacher(rows).logits, student(rows, use_cache=False).logits).mean().item()
+
+@pytest.mark.parametrize("module, solver, k", [(train_fm, "midpoint", 1), (train_fw, "euler", 2)])
+def test_run_is_a_model_and_its_scores_are_true(script, options, tmp_path, module, solver, k, teacher_folder, text):
+    run, more = tmp_path / "run", ["--solver", solver, "--k", k] if module is train_fw else []
+    status, printed, _ = script(module, *options, *more, "--out", run, "--seq-len", 16)
+    assert status == 0 and "layers 1..3" in printed and str(run) in printed.splitlines()[-1]
+    made = {"checkpoint.pt", "log.jsonl", "config.json", "model.safetensors", "lft.py", "tokenizer.json"}
+    assert made <= {path.name for path in run.iterdir()} and not any(path.is_dir() for path in run.iterdir())
+    student, (teacher, _) = eval_kl.load_student(run), lft.load_teacher(str(teacher_folder))
+    config, training = student.config, student.config.training
+    assert (config.start, config.end, config.solver, config.k, config.teacher) == (1, 4, solver, k, str(teacher_folder))
+    assert (training["tokens"], training["max_steps"], training["data"]) == (3 * 8 * 16, 3, str(text))
+    assert logged(run)[-1]["held_out_kl"] == pytest.approx(kl_of(teacher, student, rows_by_hand(16, "validation")), rel=1e-4)
+    status, printed, _ = script(eval_kl, run, "--no-baselines", "--json", tmp_path / "table.json")
+    table, rows = json.loads((tmp_path / "table.json").read_text()), rows_by_hand(16, "test")
+    assert (table["start"], table["end"], table["seq_len"], table["tokens"], table["data"]) == (1, 4, 16, rows.numel(), str(text))
+    found = {row["name"]: row["kl"] for row in table["rows"]}
+    assert found[f"LFT {solver} x{k}"] == pytest.approx(kl_of(teacher, student, rows), rel=1e-4) and status == 0
+    for row in table["rows"]:
+        shown = [row["kl"], row["perplexity"], row["top1_agreement"], row["parameters"] / 1e6]
+        assert re.search("^{} .*{:.4f}.*{:.2f}.*{:.1%}.*{:.2f}".format(re.escape(row["name"]), *shown), printed, re.M)
+
+def test_eval_scores_the_right_text_and_fits_on_the_runs_own(script, options, tmp_path, monkeypatch, teacher_folder):
+    script(train_fw, *options, "--seq-len", 16, "--token-power", 0.5, "--k", 2, "--out", tmp_path / "run")
+    (tmp_path / "other.txt").write_text("".join(f"sentence {n} of another text\n" for n in range(2000)))
+    called = []
+    monkeypatch.setattr(eval_kl, "table", lambda *args: called.append(args) or [])
+    for more in ([], ["--data", tmp_path / "other.txt", "--tokens", 64, "--teacher", teacher_folder]):
+        assert script(eval_kl, tmp_path / "run", *more)[0] == 0
+        teacher, student, rows, documents, fit_rows = called.pop()
+        assert (student.config.start, student.config.end, student.config.training["token_power"]) == (1, 4, 0.5)
+        assert {*map(tuple, fit_rows.tolist())} == {*map(tuple, rows_by_hand(16, "training").tolist())}
+        if more:
+            assert rows.numel() == 64 and all(int(n) > 1945 for n in re.findall(r"sentence (\d{4}) ", TOKENIZER.decode(rows.flatten())))
+        else:
+            assert torch.equal(rows, rows_by_hand(16, "test")) and len(documents) == len(rows)
+
+def test_saved_run_loads_elsewhere(script, options, tmp_path):
+    """In a fresh process, in another folder, by transformers alone: the same logits, text, generation settings and tokenizer."""
+    assert script(train_fw, *options, "--out", tmp_path / "run")[0] == 0
+    student = eval_kl.load_student(tmp_path / "run")
+    torch.save((IDS, student(IDS).logits, student.generate(IDS, do_sample=False)), tmp_path / "expected")
+    code = """
+import importlib.util, torch, transformers
+assert importlib.util.find_spec("lft") is None
+load = transformers.AutoModelForCausalLM.from_pretrained
+try:
+    load("../run")
+    raise AssertionError("ran code that nobody trusted")
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+student, (ids, logits, text) = load("../run", trust_remote_code=True), torch.load("../expected")
+torch.testing.assert_close(student(ids).logits, logits, atol=1e-5, rtol=1e-5)
+assert torch.equal(student.generate(ids, do_sample=False), text)
+assert student.generation_config.eos_token_id == [0, 5] and student.generation_config.repetition_penalty == 1.3
+assert transformers.AutoTokenizer.from_pretrained("../run").eos_token_id == 0
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+def test_readme_fork_trains_and_resumes(script, options, tmp_path):
+    blocks, fork = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S), ModuleType("fork")
+    exec(next(block for block in blocks if "def main(" in block and "_loss(" in block), fork.__dict__)
+    assert script(fork, *options, "--out", tmp_path)[0] == 0
+    assert script(fork, *options, "--out", tmp_path, "--resume", "--max-steps", 4)[0] == 0 and checkpoint_of(tmp_path)["step"] == 4
+    assert eval_kl.load_student(tmp_path).config.training["method"] not in ("fm", "fw")
+
+def test_training_brings_the_student_nearer(script, tmp_path, text):
+    """A short run on tiny_teacher leaves less than half of the KL of the dropped span."""
+    options = ["--teacher", "tiny_teacher", "--data", text, "--start", 4, "--end", 8, "--batch-size", 4, "--seq-len", 32]
+    assert script(train_fm, *options, "--out", tmp_path, "--max-steps", 40, "--device", "cpu")[0] == 0
+    teacher = lft.load_teacher("tiny_teacher")[0]
+    dropped = kl_of(teacher, lft.replace_span(teacher, 4, 8), rows_by_hand(32, "validation"))
+    assert logged(tmp_path)[-1]["held_out_kl"] < 0.5 * dropped
+
+def test_loop_takes_the_steps_by_hand(script, options, tmp_path, monkeypatch, text):
+    options += ["--batch-size", 3, "--seed", 5, "--accumulate", 3, "--max-steps", 4]
+    script(train_fm, *options, "--out", tmp_path / "start", "--lr", 0, "--token-power", 0)
+    drawn = record_times(monkeypatch.setattr)
+    script(train_fm, *options, "--out", tmp_path / "run", "--lr", 0.005)
+    start, trained = (eval_kl.load_student(tmp_path / run).flow.velocity for run in ("start", "run"))
+    teacher, velocity = random_teacher(vocab_size=2048), copy.deepcopy(start)
+    matrices, vectors = ([w for w in velocity.parameters() if (w.ndim > 1) == matrix] for matrix in (True, False))
+    in_adamw = [w for name, w in velocity.named_parameters() if "time_mlp" in name and w.ndim > 1]
+    in_muon = [w for w in matrices if all(w is not other for other in in_adamw)]
+    optimizers = [
+        torch.optim.Muon(in_muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        *(torch.optim.AdamW(part, betas=(0.9, 0.95), weight_decay=decay) for part, decay in ((in_adamw, 0.01), (vectors, 0.0))),
+    ]  # fmt: skip
+    losses, trunk = [], lft.trunk_of(teacher, 4)
+    for step, times, ids in zip((1, 2, 3, 4), torch.cat(drawn).split(3), first_rows(text, 12, seed=5).split(3)):
+        x0, x1, context = lft.hidden_pair(trunk, ids, 1)
+        x_t = (1 - times) * x0 + times * x1
+        loss = ((velocity(x_t, times, **context) - (x1 - x0)).square().mean(-1) / x1.square().mean(-1).sqrt()).mean()
+        loss.backward()
+        norm = sum(w.grad.square().sum() for w in velocity.parameters()).sqrt()
+        for w in velocity.parameters():
+            w.grad /= max(norm, 1)  # clipped at norm 1
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.005 * (5 - step) / 4
+            optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    (line,) = logged(tmp_path / "run")
+    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3) and line["loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    # Where the true gradient is 0, as of a bias of the keys, AdamW follows rounding: so groups are compared, not weights.
+    names = {id(w): name for name, w in velocity.named_parameters()}
+    for group in (in_muon, in_adamw, vectors):
+        apart = lambda other: sum((w - other.state_dict()[names[id(w)]]).square().sum() for w in group)
+        assert apart(trained) < 0.001 * apart(start) > 0
+
+def test_seeds_steps_and_micro_batches_draw_their_own_times(script, options, monkeypatch, tmp_path):
+    drawn, options = record_times(monkeypatch.setattr), [*options, "--accumulate", 2, "--max-steps", 4]
+    for seed in (0, 1, 2):
+        script(train_fm, *options, "--seed", seed, "--out", tmp_path / str(seed))
+    times = torch.cat(drawn).flatten()
+    assert len(times) == 3 * 4 * 8 == len(set(times.tolist())) and uniform(times)
+    script(train_fm, *options, "--seed", 1, "--out", tmp_path / "again")
+    assert torch.equal(torch.cat(drawn)[96:].flatten(), times[32:64])
+
+@pytest.mark.parametrize("module, flags, method", [
+    (train_fm, {}, ("fm", 6, 12, "first", "midpoint", 1)), (train_fm, {"token_power": 0.5}, ("fm", 6, 12, "first", "midpoint", 1)),
+    (train_fw, {}, ("fw", 6, 18, "middle", "midpoint", 3)),
+    (train_fw, {"k": 2, "solver": "euler", "alpha": 0.5, "logit_weight": 2.0, "token_power": 0.0}, ("fw", 6, 18, "middle", "euler", 2)),
+])  # fmt: skip
+def test_options_reach_loss_and_student_and_default_to_the_losss_own(script, monkeypatch, module, flags, method):
+    called, loss_of = [], module.flow_matching_loss if module is train_fm else module.flow_walking_loss
+    monkeypatch.setattr(module, "train", lambda args, loss, solver, k: called.append((args, loss, solver, k)))
+    script(module, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()))
+    ((args, loss, solver, k),) = called
+    assert (args.method, args.start, args.end, args.init, solver, k) == method and loss.func is loss_of
+    assert (args.batch_size, args.lr, args.seed, args.resume, args.accumulate) == (8, 1 / 64, 0, False, 1)
+    own = {name: each.default for name, each in inspect.signature(loss_of).parameters.items()}
+    assert {name: own[name] for name in loss.keywords} | flags == loss.keywords
+
+def test_loss_gets_the_teachers_logits(script, options, tmp_path, monkeypatch, text):
+    seen, loss_of = [], train_fw.flow_walking_loss
+    monkeypatch.setattr(train_fw, "flow_walking_loss", lambda u, x0, x1, logits, **own: seen.append(logits(x1)) or loss_of(u, x0, x1, **own))
+    script(train_fw, *options, "--max-steps", 1, "--out", tmp_path)
+    close(seen[0], random_teacher(vocab_size=2048)(first_rows(text, 8)).logits)
+
+@pytest.mark.parametrize("module, init, start, end, layer", [
+    (train_fm, "first", 0, 3, 0), (train_fw, "middle", 1, 6, 3), (train_fm, "middle", 0, 1, 0), (train_fw, "5", 1, 4, 5), (train_fm, "0", 2, 4, 0),
+])  # fmt: skip
+def test_init_names_the_layer_to_start_from(script, options, tmp_path, module, init, start, end, layer):
+    options += ["--start", start, "--end", end, "--init", init, "--max-steps", 1, "--lr", 0, "--out", tmp_path]
+    assert script(module, *options)[0] == 0
+    found = eval_kl.load_student(tmp_path).flow.velocity.mlp.dense_h_to_4h.weight
+    weights = [each.mlp.dense_h_to_4h.weight for each in layers_of(random_teacher(vocab_size=2048))]
+    assert [number for number, weight in enumerate(weights) if torch.equal(weight, found)] == [layer]
+
+def test_log_grows_while_training(script, options, tmp_path, monkeypatch):
+    seen, evaluate = [], train_fm.evaluate
+    monkeypatch.setattr(train_fm, "evaluate", lambda *args: seen.append(len(logged(tmp_path))) or evaluate(*args))
+    script(train_fm, *options, "--out", tmp_path, "--max-steps", 25, "--save-every", 22)
+    lines = logged(tmp_path)
+    assert [(line["step"], line["tokens"]) for line in lines] == [(n, n * 8 * 32) for n in (10, 20, 22, 25)] and seen == [2, 3]
+    assert [line["lr"] for line in lines] == pytest.approx([1 / 64 * (26 - n) / 25 for n in (10, 20, 22, 25)])
+    assert ["held_out_kl" in line for line in lines] == ["held_out_nmse" in line for line in lines] == [False, False, True, True]
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 2000, 320_000])
+def test_learning_rate_rises_shortly_and_falls_to_nothing(steps):
+    lr = torch.tensor([train_fm.learning_rate(step, SimpleNamespace(lr=0.5, max_steps=steps)) for step in range(1, steps + 1)])
+    peak = lr.argmax()
+    assert peak <= steps / 10 and 0.45 <= lr[peak] <= 0.5 and (lr[: peak + 1].diff() > 0).all()
+    close(lr[steps // 10 :], 0.5 * torch.arange(steps - steps // 10, 0, -1) / steps, atol=1e-6)
+    assert steps < 2000 or lr[9] == pytest.approx(10 * lr[0].item(), rel=0.01)
+
+def test_only_matrices_decay_and_time_networks_go_to_adamw():
+    """With gradients of zero, decay is all that a step does."""
+    velocity = randomize(TwoAttentions(layers_of(SMALL)[2]))
+    before, optimizers = copy.deepcopy(velocity.state_dict()), train_fm.make_optimizers(velocity)
+    in_muon = {id(weight) for group in optimizers[0].param_groups for weight in group["params"]}
+    for name, weight in velocity.named_parameters():
+        assert (id(weight) in in_muon) == (weight.ndim == 2 and "time_mlp" not in name)
+        weight.grad = torch.zeros_like(weight)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        optimizer.step()
+    for name, weight in velocity.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] * (0.995 if weight.ndim > 1 else 1))
+
+@pytest.mark.parametrize("has", [False, True])
+def test_autocast_follows_the_hardware(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has, "amx_bf16": False})
+    with train_fm.autocast(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if has else torch.float32)
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_trains_the_same(script, options, tmp_path):
+    options += ["--start", 0, "--end", 1, "--init", 4, "--max-steps", 40]
+    assert script(train_fm, *options, "--out", tmp_path / "plain")[0] == script(train_fm, *options, "--out", tmp_path / "fast", "--compile")[0]
+    plain, fast = ([line["loss"] for line in logged(tmp_path / run)] for run in ("plain", "fast"))
+    assert plain[-1] < 0.9 * plain[0] and fast == pytest.approx(plain, rel=0.01)
+
+# ---- Runs that stop and resume
+
+@pytest.mark.parametrize("module, streamed, parts, number", [
+    (train_fm, False, 1, signal.SIGINT), (train_fm, True, 2, signal.SIGTERM), (train_fw, False, 2, signal.SIGTERM), (train_fw, True, 1, signal.SIGINT),
+])  # fmt: skip
+def test_interrupted_run_resumes_exactly(script, options, tmp_path, monkeypatch, module, streamed, parts, number, stream, teacher_folder):
+    """Bit for bit, over the end of a pass through the streamed text, and with the run and its teacher moved."""
+    options += ["--max-steps", 14, "--save-every", 4, "--accumulate", parts, *(["--data", stream] if streamed else [])]
+    whole, part, moved = (tmp_path / name for name in ("whole", "part", "moved"))
+    assert script(module, *options, "--out", whole)[0] == 0
+    name = "flow_matching_loss" if module is train_fm else "flow_walking_loss"
+    calls, loss_of = itertools.count(1), getattr(module, name)
+    stop = lambda: signal.raise_signal(number) if next(calls) == 7 * parts - parts + 1 else None  # in step 7, which is finished
+    monkeypatch.setattr(module, name, lambda *args, **more: stop() or loss_of(*args, **more))
+    assert script(module, *options, "--out", part)[0] == 0 and checkpoint_of(part)["step"] == 7
+    assert eval_kl.load_student(part).config.training["tokens"] == 7 * 8 * 32
+    with open(part / "log.jsonl", "a") as log:  # as of a run that was killed while it wrote what comes after the checkpoint
+        log.write('{"step": 8, "tokens": 0}\n{"step": 9, "tok')
+    shutil.copytree(teacher_folder, tmp_path / "teacher"), part.rename(moved)
+    assert script(module, *options, "--out", moved, "--resume", "--teacher", tmp_path / "teacher")[0] == 0
+    assert_equal_runs(whole, moved)
+    assert [line for line in logged(moved) if line["step"] not in (7, 8)] == [line for line in logged(whole) if line["step"] != 8]
+    assert script(module, *options, "--out", moved, "--resume", "--max-steps", 15)[0] == 0 and checkpoint_of(moved)["step"] == 15
+    assert [line["step"] for line in logged(moved)] == [4, 7, 8, 10, 12, 14, 15] and logged(moved)[-1]["lr"] == pytest.approx(1 / 64 / 15)
+
+CHANGED = {
+    "start": 2, "end": 3, "init": "first", "k": 3, "solver": "midpoint", "alpha": 0.3, "logit-weight": 1, "token-power": 1,
+    "data": "copy.txt", "seed": 1, "lr": 0.01, "batch-size": 4, "accumulate": 2, "seq-len": 16, "max-steps": 2,
+}  # fmt: skip
+
+def test_changed_options_are_refused_on_resume(script, options, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text, "copy.txt")
+    options += ["--k", 2, "--solver", "euler", "--alpha", 0.5, "--token-power", 0, "--out", "run"]
+    script(train_fw, *options)
+    before = listing(tmp_path)
+
+    def refused(word, *more):
+        status, _, error = script(train_fw, *options, "--resume", *more)
+        assert status == 2 and word in error and error.count("\n") == 1 and listing(tmp_path) == before, word
+
+    for name, value in CHANGED.items():
+        refused(name if name == "max-steps" else f"with {name.replace('-', '_')} ", f"--{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("with world_size 1")
+    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.setattr(train_fw, "make_parser", lambda *_, **__: train_fm.make_parser("", "fork", 6, 18, "middle"))
+    refused("with method fw")
+
+def swap_ids(tokens):
+    ids = tokens["model"]["vocab"]
+    ids["e"], ids["t"] = ids["t"], ids["e"]
+
+def shift_weight(weights):
+    weights["gpt_neox.layers.5.mlp.dense_h_to_4h.bias"][3] += 1e-3  # of a layer that the flow never sees
+
+@pytest.mark.parametrize("word, change", [
+    ("teacher_sha256", lambda folder: edit_weights(folder / "teacher", shift_weight)),
+    ("teacher_sha256", lambda folder: edit_json(folder / "teacher" / "config.json", lambda config: config.update(hidden_act="relu"))),
+    ("held_out_sha256", lambda folder: edit_json(folder / "teacher" / "tokenizer.json", swap_ids)),
+    ("held_out_sha256", lambda folder: (folder / "text.txt").write_text(SOURCE[:-500])),
+])  # fmt: skip
+def test_changed_teacher_tokenizer_or_text_is_refused(script, tmp_path, teacher_folder, word, change):
+    shutil.copytree(teacher_folder, tmp_path / "teacher"), (tmp_path / "text.txt").write_text(SOURCE)
+    options = ["--teacher", tmp_path / "teacher", "--data", tmp_path / "text.txt", "--start", 1, "--end", 4, "--max-steps", 1]
+    assert script(train_fm, *options, "--out", tmp_path / "run")[0] == 0
+    change(tmp_path)
+    for module, more in ((train_fm, [*options, "--out", tmp_path / "run", "--resume"]), (eval_kl, [tmp_path / "run"])):
+        status, _, error = script(module, *more)
+        assert status == 2 and word in error and error.count("\n") == 1
+
+def in_process(module, options, environment, interrupt, times):
+    """What a process of its own does: a script's main, with a Ctrl-C at some losses; the times that it draws are saved."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    drawn, calls = record_times(setattr), itertools.count(1)
+    loss_of, stop = train_fm.flow_matching_loss, lambda: signal.raise_signal(signal.SIGINT) if next(calls) in interrupt else None
+    train_fm.flow_matching_loss = lambda *args, **more: stop() or loss_of(*args, **more)
+    train_fm.autocast = lambda device: contextlib.nullcontext()
+    sys.argv = [module.__name__, *map(str, options)]
+    lft.run_script(module.main)
+    torch.save(drawn, times) if times else None
+
+@pytest.fixture(scope="session")
+def start_process():
+    """A way to start processes that have loaded the libraries already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_lft"])
+
+    def start(module, *options, environment={}, interrupt=(), times=None):
+        process = context.Process(target=in_process_by_name, args=(module.__name__, options, environment, interrupt, times))
+        process.start()
+        return process
+
+    return start
+
+def in_process_by_name(name, *args):
+    in_process({"train_fm": train_fm, "train_fw": train_fw}[name], *args)
+
+def test_second_ctrl_c_ends_at_once(start_process, options, tmp_path):
+    process = start_process(train_fm, *options, "--accumulate", 2, "--out", tmp_path / "run", interrupt=(1, 2))
+    process.join()
+    assert process.exitcode == -signal.SIGINT and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+def test_one_of_two_runs_in_one_folder_fails(start_process, options, tmp_path):
+    processes = [start_process(train_fm, *options, "--out", tmp_path / "run") for _ in (1, 2)]
+    [process.join() for process in processes]
+    assert sorted(process.exitcode for process in processes) == [0, 2] and checkpoint_of(tmp_path / "run")["step"] == 3
+
+KILLS = int(os.environ.get("KILLS", 4))
+
+def test_killed_run_resumes_exactly(start_process, options, tmp_path):
+    """kill -9 at random moments, while saving too, ends in the run that nobody killed."""
+    options += ["--batch-size", 1, "--max-steps", 20 + 20 * KILLS, "--save-every", 1]
+    run, whole, chance = tmp_path / "killed", tmp_path / "whole", random.Random(0)
+    checkpoint = run / "checkpoint.pt"
+
+    def start():
+        if not checkpoint.exists():
+            shutil.rmtree(run, ignore_errors=True)
+        return start_process(train_fm, *options, "--out", run, *(["--resume"] if checkpoint.exists() else []))
+
+    for kill in range(KILLS):
+        process, before = start(), checkpoint.read_bytes() if checkpoint.exists() else None
+        while process.is_alive() and kill % 3 and (not checkpoint.exists() or checkpoint.read_bytes() == before):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1 if kill % 3 else 1.0))  # two of three while it trains, one at any time
+        process.kill(), process.join()
+        assert process.exitcode == -signal.SIGKILL
+    for process in [start(), start_process(train_fm, *options, "--out", whole)]:
+        process.join()
+        assert process.exitcode == 0
+    assert_equal_runs(whole, run)
+    assert logged(whole) == logged(run) and [line["step"] for line in logged(run)] == [*range(1, 21 + 20 * KILLS)]
+
+def run_two(start_process, module, *options, interrupt=(), times=(None, None)):
+    """Run a script in two processes, as torchrun starts them; the second may get a Ctrl-C."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        start_process(module, *options, environment=shared | {"RANK": str(rank)}, interrupt=interrupt * rank, times=times[rank])
+        for rank in (0, 1)
+    ]
+    for process in started:
+        process.join(120)
+        process.kill()  # one that hangs has no exit code yet, and fails
+    assert [process.exitcode for process in started] == [0, 0]
+
+def test_processes_and_micro_batches_equal_the_joint_batch(script, options, start_process, tmp_path):
+    """With one Euler step Flow Walking draws no times, so all of these take the same steps."""
+    options += ["--k", 1, "--solver", "euler", "--max-steps", 4, "--lr", 0.001]
+    one, parts, both = (tmp_path / name for name in ("one", "parts", "both"))
+    script(train_fw, *options, "--out", one), script(train_fw, *options, "--out", parts, "--accumulate", 4)
+    run_two(start_process, train_fw, *options, "--out", both, "--accumulate", 2)
+    for run in (parts, both):
+        assert logged(run)[-1] == {name: pytest.approx(value, rel=1e-4) for name, value in logged(one)[-1].items()}
+        for name, weight in load_file(one / "model.safetensors").items():
+            assert (weight - load_file(run / "model.safetensors")[name]).norm() <= 1e-4 * weight.norm() + 1e-4
+
+def test_two_processes_draw_their_own_times_and_resume_exactly(start_process, options, tmp_path, stream):
+    """One of them is interrupted, where one of the files has ended and the other has not."""
+    options += ["--data", stream, "--batch-size", 16, "--max-steps", 8]
+    run_two(start_process, train_fm, *options, "--out", tmp_path / "whole", times=(tmp_path / "0", tmp_path / "1"))
+    times = torch.cat([each for rank in "01" for each in torch.load(tmp_path / rank)]).flatten()
+    assert len(times) == 8 * 16 == len(set(times.tolist())) and uniform(times)
+    run_two(start_process, train_fm, *options, "--out", tmp_path / "half", interrupt=(4,))
+    places = checkpoint_of(tmp_path / "half")["text"]
+    assert checkpoint_of(tmp_path / "half")["step"] == 4 and places[0] != places[1]
+    run_two(start_process, train_fm, *options, "--out", tmp_path / "half", "--resume")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "half")
+
+# ---- Mistakes and accidents
+
+@pytest.mark.parametrize("kind", ["loss", "gradient_norm", "held_out_kl"])
+def test_non_finite_numbers_stop_the_run(script, options, tmp_path, monkeypatch, kind):
+    """In step 5, or in the score of step 6; the checkpoint of step 3 stays, and no model is written."""
+    losses, scores, loss_of, evaluate = itertools.count(1), itertools.count(1), train_fm.flow_matching_loss, train_fm.evaluate
+
+    def spoiled_loss(*args, **more):
+        loss = loss_of(*args, **more)
+        no_number = math.inf if kind == "loss" else (loss - loss.detach()).abs().sqrt()  # 0, with a gradient of 0/0
+        return loss + no_number * (next(losses) == 5 and kind != "held_out_kl" or 0.0) if kind != "loss" else loss + (math.inf if next(losses) == 5 else 0)
+
+    spoiled_score = lambda *args: {"student": evaluate(*args)["student"] | ({"kl": torch.tensor([math.nan])} if next(scores) == 2 else {})}
+    monkeypatch.setattr(train_fm, *(("evaluate", spoiled_score) if kind == "held_out_kl" else ("flow_matching_loss", spoiled_loss)))
+    status, _, error = script(train_fm, *options, "--out", tmp_path, "--max-steps", 6, "--save-every", 3)
+    assert status == 2 and kind in error and "lower --lr" in error and error.count("\n") == 1
+    assert checkpoint_of(tmp_path)["step"] == 3 and not (tmp_path / "model.safetensors").exists() and len(logged(tmp_path)) == 1
+
+def test_full_disk_keeps_the_earlier_checkpoint(script, options, tmp_path, monkeypatch):
+    limit, save_checkpoint = resource.getrlimit(resource.RLIMIT_FSIZE), train_fm.save_checkpoint
+
+    def on_a_full_disk(folder, **state):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if state["step"] == 2 else limit[0], limit[1]))  # larger files cannot be written
+        try:
+            save_checkpoint(folder, **state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(train_fm, "save_checkpoint", on_a_full_disk)
+    status, _, error = script(train_fm, *options, "--out", tmp_path, "--save-every", 1)
+    assert status == 2 and error.count("\n") == 1 and checkpoint_of(tmp_path)["step"] == 1
+
+def test_closed_stdout_keeps_checkpoint(options, tmp_path):
+    """As of `train_fm.py ... | head -1`."""
+    command = map(str, [sys.executable, HERE / "train_fm.py", *options, "--save-every", 1, "--out", tmp_path])
+    process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert b"layers 1..3" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() != 0 and checkpoint_of(tmp_path)["step"] >= 1
+
+@pytest.mark.parametrize("options, word", [
+    (["--start", 4, "--end", 4], "6 layers"), (["--start", -1], "6 layers"), (["--end", 7], "6 layers"),
+    (["--teacher", "no-such/model"], "no-such/model"), (["--teacher", "no_tokenizer"], "no_tokenizer"),
+    (["--teacher", "headless"], "missing or unexpected"), (["--teacher", "shallow"], "missing or unexpected"),
+    (["--data", "no-such/data-set"], "--data"), (["--data", "no/such/*.txt"], "--data"), (["--data", "short.txt"], "no training row"),
+    (["--seq-len", 65], "up to 64"), (["--batch-size", 3, "--accumulate", 2], "multiples of 1"), (["--out", "taken"], "taken holds a run"),
+    (["--out", "short.txt"], "short.txt"), (["--out", "missing", "--resume"], "missing"), (["--out", "cut", "--resume"], "cut"),
+    (["--out", "other", "--resume"], "other"), (["--init", "last"], "layer last"), (["--init", 6], "layer 6"), (["--init", -1], "layer -1"),
+    (["--lr", "nan"], "--lr"), (["--max-steps", 0], "--max-steps"), (["--k", 0], "--k"), (["--alpha", "inf"], "--alpha"),
+    (["--logit-weight", "-1"], "--logit-weight"), (["--seed", -1], "--seed"), (["--device", "nonsense"], "--device cpu"),
+    pytest.param(["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+])  # fmt: skip
+def test_mistake_in_training_ends_in_one_sentence(script, tmp_path, monkeypatch, teacher_folder, text, options, word):
+    monkeypatch.chdir(tmp_path)
+    [(tmp_path / folder).mkdir() for folder in ("taken", "cut", "other")]
+    Path("taken/log.jsonl").write_text(""), Path("short.txt").write_text("too short"), Path("other/checkpoint.pt").write_text("text")
+    torch.save({"options": {}, "weights": torch.zeros(999)}, "cut/checkpoint.pt"), os.truncate("cut/checkpoint.pt", 999)
+    [shutil.copytree(teacher_folder, folder) for folder in ("no_tokenizer", "headless", "shallow")]
+    [path.unlink() for path in Path("no_tokenizer").glob("tokenizer*")]
+    edit_weights(tmp_path / "headless", lambda weights: weights.pop("gpt_neox.final_layer_norm.bias"))
+    edit_json(tmp_path / "shallow" / "config.json", lambda config: config.update(num_hidden_layers=5))
+    before, standard = listing(tmp_path), ["--teacher", teacher_folder, "--data", text, "--start", 1, "--end", 4, "--max-steps", 1]
+    status, _, error = script(train_fw, *standard, *options)
+    assert status == 2 and word in error and error.count("\n") == 1 and listing(tmp_path) == before
+
+def test_mistake_in_evaluation_ends_in_one_sentence(script, options, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert script(train_fm, *options, "--out", run, "--max-steps", 1)[0] == 0
+    weights = (run / "model.safetensors").read_bytes()
+    monkeypatch.setattr(eval_kl, "table", lambda *_: pytest.fail("scored"))
+
+    def refused(word, *arguments):
+        status, printed, error = script(eval_kl, *arguments, "--device", "cpu")
+        assert status == 2 and word in error and error.count("\n") == 1 and printed == ""
+        (run / "model.safetensors").write_bytes(weights)
+
+    refused("missing", run, "--json", tmp_path / "missing" / "table.json")
+    for arguments in ([tmp_path / "nowhere"], [run, "--teacher", tmp_path / "nowhere"], [run, "--data", tmp_path / "nowhere"]):
+        refused("nowhere", *arguments)
+    (run / "model.safetensors").unlink(), refused("--resume", run)
+    (run / "model.safetensors").write_bytes(weights[:9999]), refused("trained student", run)
+    for lost in ("model.gpt_neox.layers.1.velocity.norm1.weight", "model.gpt_neox.layers.0.mlp.dense_h_to_4h.weight"):
+        edit_weights(run, lambda weights: weights.pop(lost)), refused(lost, run)
+    edit_weights(run, lambda weights: weights.update(more=torch.zeros(1))), refused("more is missing or unexpected", run)
+    monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
+    refused("missing or unexpected", run)
+
+@pytest.mark.parametrize("module", [train_fm, train_fw, eval_kl])
+def test_help_is_ascii(script, module):
+    assert script(module, "--help")[0] == 0
+
+# ---- studies

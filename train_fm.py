@@ -53,6 +53,10 @@ def at_least(low):
     return number
 
 
+def layer(text):
+    return text if text in ("first", "middle") else int(text)
+
+
 def make_parser(doc, method, start, end, init="first"):
     """The options of every training script, with the defaults of its method."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -64,14 +68,14 @@ def make_parser(doc, method, start, end, init="first"):
     add("--data", help="stdlib, a file, a folder, a glob, or a data set on the hub (default: the Pile; stdlib for tiny_teacher)")
     add("--device", default=DEVICE, help="cpu, cuda or mps")
     add("--out", help="folder of the run (default: runs/METHOD-START-END)")
-    add("--resume", action="store_true", help="continue the run in --out: repeat its options, --max-steps may be larger")
+    add("--resume", action="store_true", help="continue the run in --out: repeat its options; a larger --max-steps trains on")
     add("--max-steps", type=at_least(1), default=2000, help="optimizer steps")
     add("--save-every", type=at_least(1), default=250, help="steps between checkpoints, each with a validation score")
     add("--batch-size", type=at_least(1), default=8, help="sequences per step, over all processes")
     add("--accumulate", type=at_least(1), default=1, help="micro-batches per step and process (gradient accumulation)")
     add("--seq-len", type=at_least(2), help="tokens per sequence (default: half the teacher's positions, at most 1024)")
     add("--lr", type=at_least(0.0), default=1 / 64, help="peak learning rate")
-    add("--init", default=init, help="layer to start from: first or middle of the span, or a layer's number")
+    add("--init", type=layer, default=init, help="layer to start from: first or middle of the span, or a layer's number")
     add("--seed", type=at_least(0), default=0, help="seed of the weights, the times and the order of plain text")
     add("--compile", action="store_true", help="compile velocity and teacher; a CPU needs a C++ compiler for it")
     return parser
@@ -85,7 +89,9 @@ def make_student(args, solver, k, world_size):
     args.data = args.data or ("stdlib" if args.teacher == "tiny_teacher" else PILE)
     args.out = args.out or f"runs/{args.method}-{args.start}-{args.end}"
     teacher, tokenizer = load_teacher(args.teacher, device)
-    layers, positions = backbone(teacher).layers, teacher.config.max_position_embeddings
+    init = {"first": args.start, "middle": (args.start + args.end) // 2}.get(args.init, args.init)
+    check_layers(teacher, [*range(args.start, args.end), init])
+    positions = teacher.config.max_position_embeddings
     args.seq_len = args.seq_len or min(1024, positions // 2)
     if args.seq_len > positions or args.batch_size % (world_size * args.accumulate):
         raise InputError(f"give --seq-len up to {positions}, --batch-size in multiples of {world_size} processes x --accumulate")
@@ -93,10 +99,7 @@ def make_student(args, solver, k, world_size):
         teacher.set_attn_implementation("eager")  # plain operations, which the compiler fuses
     torch.manual_seed(args.seed)
     student = LFTForCausalLM(LFTConfig(teacher.config.to_dict(), args.start, args.end, solver, k, args.teacher), teacher)
-    named = {"first": args.start, "middle": (args.start + args.end) // 2} | {str(i): i for i in range(len(layers))}
-    init = named.get(args.init, args.init)
-    check_layers(teacher, [*range(args.start, args.end), init])
-    student.flow.velocity.load_state_dict(student.velocity_class(layers[init]).state_dict())
+    student.flow.velocity.load_state_dict(student.velocity_class(backbone(teacher).layers[init]).state_dict())
     return teacher, tokenizer, student.eval().to(device)
 
 
@@ -151,7 +154,7 @@ def open_run(args, **made_from):
     try:
         checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is missing, corrupt or in the wrong format
-        raise InputError(f"{args.out} has no checkpoint to resume: start without --resume ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{args.out} has no checkpoint that can be resumed: start without --resume") from error
     for name, was in checkpoint["options"].items():
         if options.get(name) != was:
             raise InputError(f"{args.out} was trained with {name} {was}, not {options.get(name)}: give the same again")
@@ -162,7 +165,7 @@ def open_run(args, **made_from):
 
 
 def save_checkpoint(folder, **state):
-    """Write all that resuming needs, whole or not at all: a run killed at any moment keeps its last checkpoint."""
+    """Write the checkpoint atomically: a run that is killed at any moment keeps its last one."""
     content, part = io.BytesIO(), Path(folder) / "checkpoint.part"
     torch.save(state, content)
     part.write_bytes(content.getbuffer())
@@ -171,7 +174,7 @@ def save_checkpoint(folder, **state):
 
 # ---- 5. The loop
 def check_finite(out, step, **figures):
-    """Raise InputError before anything is made of a number that is not finite."""
+    """Stop on a NaN or infinite value, before it is used or saved."""
     if not all(map(math.isfinite, figures.values())):
         raise InputError(f"step {step} gave {figures}: lower --lr ({out} keeps its last checkpoint)")
 
@@ -184,10 +187,10 @@ def average(tensors, world_size):
 
 
 def train(args, loss_of, solver, k):
-    """Train a flow and leave it in args.out: the student as a model of transformers, checkpoint.pt and log.jsonl.
+    """Train a flow; write the student (a transformers model), checkpoint.pt and log.jsonl to args.out.
 
-    loss_of: a function of (velocity, x0, x1, logits) that returns a scalar; velocity is a function of (x, t), logits one of a
-    state entering layer `end`. solver, k: how the flow is integrated when it is scored and used.
+    loss_of: a function of (velocity, x0, x1, logits) that returns a scalar; velocity is a function of (x, t), and logits maps a
+    state entering layer `end` to logits. solver, k: how the flow is integrated when it is scored and used.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     teacher, tokenizer, student = make_student(args, solver, k, world_size)
@@ -199,7 +202,7 @@ def train(args, loss_of, solver, k):
     for frozen in (*trunk.layers, *backbone(head).layers) if args.compile else ():
         frozen.forward = torch.compile(frozen.forward)
     if rank == 0:
-        print(f"{args.teacher}: a flow replaces layers {args.start}..{args.end - 1}, on {device}; reading {args.data}", flush=True)
+        print(f"{args.teacher} on {device}: a flow replaces layers {args.start}..{args.end - 1}; reading {args.data}", flush=True)
     text = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
     held_out = held_out_rows(args.data, tokenizer, args.seq_len)
     validation, _ = split_half(*held_out, tokens=16_384)
@@ -212,12 +215,12 @@ def train(args, loss_of, solver, k):
         for part, state in zip((velocity, *optimizers), checkpoint["trained"]):
             part.load_state_dict(state)
     if rank == 0:
-        with tempfile.TemporaryDirectory(dir=args.out) as trial:  # fails now, if it must, and not after the training
+        with tempfile.TemporaryDirectory(dir=args.out) as trial:  # fail before training if the student cannot be saved
             student.save_pretrained(trial, save_original_format=False)
             again = LFTForCausalLM.from_pretrained(trial, dtype=torch.float32).eval()
         ids = validation[:1]
         if not torch.allclose(again(ids).logits, student(ids.to(device)).logits.cpu(), atol=1e-3):
-            raise InputError(f"a {teacher.config.model_type} student loads other than it was saved: use another teacher")
+            raise InputError(f"a {teacher.config.model_type} student gives other logits after reloading: use another teacher")
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -231,7 +234,7 @@ def train(args, loss_of, solver, k):
         # Seeded by the step, so there is no random state to save. The odd factor near 2^32 / 1.618 keeps runs of different seeds
         # far apart in the 32 bits that CPU generators keep.
         torch.manual_seed((args.seed * 2_654_435_761 + step * world_size + rank) % 2**32)
-        sums = torch.zeros(2, device=device)  # the loss, and how many processes are to stop
+        sums = torch.zeros(2, device=device)  # the loss, and signals received
         for _ in range(args.accumulate):
             ids = torch.tensor([next(rows)["ids"] for _ in range(micro_batch)]).to(device)
             with autocast(device):
@@ -241,7 +244,8 @@ def train(args, loss_of, solver, k):
             sums[0] += loss.detach()
         sums[1] = len(stopping)
         average([sums, *(weight.grad for weight in weights if weight.grad is not None)], world_size)
-        norm, (loss, stop) = nn.utils.clip_grad_norm_(weights, 1.0).item(), sums.tolist()
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+        loss, stop = sums.tolist()
         check_finite(args.out, step, loss=loss, gradient_norm=norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -276,7 +280,7 @@ def train(args, loss_of, solver, k):
         losses, clock = [], time.perf_counter()
     if rank == 0:
         student.config.training = vars(args) | options | {"tokens": step * tokens}
-        (Path(args.out) / "model.safetensors").unlink(missing_ok=True)  # a kill leaves no model, rather than an old one as new
+        (Path(args.out) / "model.safetensors").unlink(missing_ok=True)  # so that an interrupted save leaves no stale model
         student.save_pretrained(args.out, save_original_format=False)
         tokenizer.save_pretrained(args.out)
         print(f"saved in {args.out}: python eval_kl.py {args.out}")

@@ -22,9 +22,9 @@ def flow_walking_loss(
     """E‖x̂1 - x1‖² (Eq. 8), where x̂1 is x0 walked in k steps through random times 0 < t1 < … < 1, with gradients through all.
 
     velocity, x0, x1: as in `flow_matching_loss`. alpha adds α·L_FM, the hybrid (Eq. 9). logit_weight adds that many times
-    KL(logits(x1) || logits(x̂1)) in nats per token, which is ours.
+    KL(logits(x1) || logits(x̂1)) in nats per token (our addition).
     """
-    inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # for each sequence its own
+    inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # one set per sequence
     x1_hat = integrate(velocity, x0, [0.0, *inner, 1.0], solver)
     loss = token_errors(x1_hat - x1, x1, token_power).mean()  # Eq. 8
     if alpha:
