@@ -19,6 +19,7 @@ from lft import InputError, run_script
 
 try:
     from matplotlib import pyplot
+    from scipy import optimize, stats  # noqa: F401, for spans.py
 except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install -r studies/requirements.txt") from error
 
@@ -29,21 +30,17 @@ COLUMNS = {"± std. error over documents": ("kl_stderr", ".4f"), "NMSE": ("nmse"
            "top-1": ("top1_agreement", ".1%"), "time": ("prefill_time", ".2f")}  # fmt: skip
 
 
-# ---- 1. Runs and methods
-def read_curve(folder, training):
-    """(training tokens, validation KL) of each checkpoint in a run's log. Raises InputError if the log is not of these weights."""
-    try:
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        curve = [(line["tokens"], line["held_out_kl"]) for line in lines if "held_out_kl" in line]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}/log.jsonl is missing or corrupt ({error}): train again") from error
-    if not curve or curve[-1][0] != training["tokens"]:
-        raise InputError(f"{folder}/log.jsonl does not end with the saved model's score: finish the run with --resume")
+def read_curve(folder, options):
+    """(training tokens, validation KL) of each checkpoint in a run's log. Raises InputError if the last is not of the model."""
+    lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    curve = [(line["tokens"], line["held_out_kl"]) for line in lines if "held_out_kl" in line]
+    if not curve or curve[-1][0] != options["tokens"]:
+        raise InputError(f"{folder}/log.jsonl does not end with the score of the saved model: finish the run with --resume")
     return curve
 
 
 def load_run(folder):
-    """A run with its table.json. Raises InputError if the table is missing, corrupt, or of other weights than the run has now."""
+    """A run with its table.json. Raises InputError if that is missing, corrupt, or of another flow than the run holds now."""
     student = load_student(folder)
     config, command = student.config, f"python eval_kl.py {folder} --json {folder}/table.json"
     try:
@@ -56,59 +53,45 @@ def load_run(folder):
         raise InputError(f"{folder}/table.json is missing or corrupt ({error}): {command}") from error
     if flow != fingerprint(student.flow):
         raise InputError(f"{folder}/table.json is of another flow than the run holds now: {command}")
-    training = config.training
-    options = {name: value for name, value in training.items() if name not in IGNORED}
-    return SimpleNamespace(folder=folder, span=(config.start, config.end), training=training, options=options, text=text, rows=rows,
-                           trained=trained, method=words_for(training, config), curve=read_curve(folder, training))  # fmt: skip
-
-
-def words_for(training, config):
-    """How a run was trained, in words; not all of its options."""
-    words = {"fm": "flow matching", "fw": f"Flow Walking, {config.solver} ×{config.k}"}.get(training["method"], training["method"])
-    if training["method"] == "fw" and (config.solver, config.k) == ("euler", 1):
-        words = "regression"  # one step from t = 0 to 1: a plain layer, trained on x1
-    for term, weight in ("flow matching", training.get("alpha")), ("logits' KL", training.get("logit_weight")):
-        words += f" + {weight:g} {term}" if weight else ""
-    return f"{words}, {training['tokens'] / 1e6:.4g} M tokens"
+    options = {name: value for name, value in config.training.items() if name not in IGNORED}
+    walking = "regression" if trained == "LFT euler x1" else f"Flow Walking, {config.solver} ×{config.k}"  # or one plain layer
+    method = {"fm": "flow matching", "fw": walking}.get(options["method"], options["method"])
+    return SimpleNamespace(
+        folder=folder, span=(config.start, config.end), seed=config.training["seed"], options=options, text=text, rows=rows,
+        trained=trained, method=f"{method}, {options['tokens'] / 1e6:.4g} M tokens", curve=read_curve(folder, options),
+    )  # fmt: skip
 
 
 def group(runs):
-    """Runs by span and method: {(start, end): {method: runs}}. Raises InputError if runs or tables cannot be compared.
-
-    Where the words for different options would be the same, the options that differ are added to them.
-    """
+    """Runs by span and method: {(start, end): {method: runs}}. Raises InputError if runs or tables cannot be compared."""
     words, groups = [run.method for run in runs], {}
     for run, method in zip(runs, words):
         for name in runs[0].text:
             if run.text[name] != runs[0].text[name]:
-                raise InputError(f"the tables of {runs[0].folder} and {run.folder} differ in {name}: give runs scored on the same text")
-        alike = [other.options for other, word in zip(runs, words) if word == method]
+                raise InputError(f"the tables of {runs[0].folder} and {run.folder} differ in {name}: score them on one text")
+        alike = [other.options for other, word in zip(runs, words) if word == method]  # told apart by the options that differ
         names = [name for name in run.options if any(other.get(name) != run.options[name] for other in alike)]
         run.method = ", ".join([method, *(f"{name} {run.options[name]}" for name in names)])
     for run in sorted(runs, key=lambda run: run.span):
         seeds = groups.setdefault(run.span, {}).setdefault(run.method, [])
-        for other in seeds:
-            if other.training["seed"] == run.training["seed"]:
-                raise InputError(f"{other.folder} and {run.folder} have the same options and seed: leave one out")
+        if twin := next((other for other in seeds if other.seed == run.seed), None):
+            raise InputError(f"{twin.folder} and {run.folder} have the same options and seed: leave one out")
         seeds.append(run)
     return groups
 
 
-# ---- 2. The table
 def mean(runs, name, key="kl"):
     """The mean over runs of one figure in the row of this name; None where a run has none."""
     values = [run.rows[name][key] for run in runs]
     return None if None in values else statistics.mean(values)
 
 
-def baselines(methods):
-    """The rows of the baselines, {name: row}, of any run for this span that has them."""
+def baselines(methods):  # of any run for this span that has them
     rows = {name: row for runs in methods.values() for run in runs for name, row in run.rows.items()}
     return {name: row for name, row in rows.items() if not name.startswith(("LFT", "teacher"))}
 
 
-def flow_rows(runs):
-    """The names of the rows that are shown of a method; of regression only the one step that it is made for."""
+def flow_rows(runs):  # of regression only the one step that it is made for
     return [runs[0].trained] if runs[0].method.startswith("regression") else [*dict.fromkeys([*SHOWN, runs[0].trained])]
 
 
@@ -121,15 +104,15 @@ def print_table(groups):
         for name, row in baselines(methods).items():
             rows.append((row["layers_replaced"], name, [SimpleNamespace(rows={name: row})], name))
         for layers, by, runs, name in rows:
-            figures = [(mean(runs, name, key), form) for key, form in COLUMNS.values()]
-            cells = ["-" if figure is None else format(figure, form) for figure, form in figures]
-            kl = [run.rows[name]["kl"] for run in runs]
-            kl = f"{statistics.mean(kl):.4f}" + (f" ± {statistics.stdev(kl):.4f}" if len(kl) > 1 else "")
-            seeds = len(runs) if name.startswith("LFT") else "-"
-            print(f"| {layers} | {by} | {runs[0].rows[name]['evaluations'] or '-'} | {kl} | {seeds} | {' | '.join(cells)} |")
+            kls = [run.rows[name]["kl"] for run in runs]
+            kl = f"{statistics.mean(kls):.4f}" + (f" ± {statistics.stdev(kls):.4f}" if len(kls) > 1 else "")
+            cells = [layers, by, runs[0].rows[name]["evaluations"] or "-", kl, len(runs) if name.startswith("LFT") else "-"]
+            for key, form in COLUMNS.values():
+                figure = mean(runs, name, key)
+                cells.append("-" if figure is None else format(figure, form))
+            print("|", " | ".join(map(str, cells)), "|")
 
 
-# ---- 3. The pictures
 def draw_bars(axes, span, methods):
     """A bar for each method as trained, for the baselines, and for the paper's pair on a span of this length."""
     bars = [(method, mean(runs, runs[0].trained), "C0") for method, runs in methods.items()]
@@ -138,9 +121,9 @@ def draw_bars(axes, span, methods):
         n, method, skip, flow = PAPER[span[1] - span[0]]
         bars += [(f"paper (Pythia-410M), skip {n}", skip, "C1"), (f"paper (Pythia-410M), {method}", flow, "C1")]
     bars.sort(key=lambda bar: -bar[1])
-    widest = 1.5 * max(kl for name, kl, _ in bars if name != "span dropped")  # a longer bar is cut; its number says how long it is
-    names, lengths, colors = zip(*bars)
-    axes.bar_label(axes.barh(names, [min(length, widest) for length in lengths], color=colors), [f" {kl:.3f}" for kl in lengths])
+    widest = 1.5 * max(kl for name, kl, _ in bars if name != "span dropped")  # a longer bar is cut
+    names, kls, colors = zip(*bars)
+    axes.bar_label(axes.barh(names, [min(kl, widest) for kl in kls], color=colors), [f" {kl:.3f}" for kl in kls])
     axes.set(xlabel="KL, nats per token: shorter is better", xlim=(0, 1.2 * widest))
 
 
@@ -148,10 +131,9 @@ def draw_time(axes, span, methods):
     for method, runs in methods.items():
         points = sorted((mean(runs, name, "prefill_time"), mean(runs, name)) for name in flow_rows(runs))
         axes.plot(*zip(*points), "o-", ms=4, label=method)
-    for (name, row), marker in zip(baselines(methods).items(), "sDv^<>12348pP*"):
+    for (name, row), marker in zip(baselines(methods).items(), "sDv^<>pP*XhHdo"):
         axes.plot(row["prefill_time"], row["kl"], marker, color="gray", ms=5, label=name)
     axes.set(xlabel="time of a forward pass, over the teacher's", ylabel="KL, nats per token", yscale="log")
-    axes.legend(fontsize=7)
 
 
 def draw_tokens(axes, span, methods):
@@ -159,19 +141,6 @@ def draw_tokens(axes, span, methods):
         for run in runs:
             axes.plot(*zip(*run.curve), "o-", color=f"C{number}", ms=3, lw=1, label=method if run is runs[0] else None)
     axes.set(xlabel="training tokens", ylabel="KL on validation text, nats per token", yscale="log")
-    axes.legend(fontsize=7)
-
-
-def draw(draw_panel, groups, path, height):
-    """A picture with one panel for each span."""
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(7 * len(groups), height), layout="constrained", squeeze=False)
-    for axes, (span, methods) in zip(panels[0], groups.items()):
-        draw_panel(axes, span, methods)
-        axes.set_title(f"layers {span[0]}..{span[1] - 1} replaced by one")
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
 
 
 def main():
@@ -182,8 +151,15 @@ def main():
     groups = group([load_run(folder) for folder in dict.fromkeys(Path(run).resolve() for run in args.runs)])
     sys.stdout.reconfigure(encoding="utf-8")
     print_table(groups)
-    for draw_panel, name, height in (draw_bars, "bars.png", 5), (draw_time, "time.png", 5), (draw_tokens, "tokens.png", 4):
-        draw(draw_panel, groups, Path(args.pictures) / name, height)
+    Path(args.pictures).mkdir(parents=True, exist_ok=True)
+    for draw_panel, name in (draw_bars, "bars.png"), (draw_time, "time.png"), (draw_tokens, "tokens.png"):
+        figure, panels = pyplot.subplots(1, len(groups), figsize=(7 * len(groups), 5), layout="constrained", squeeze=False)
+        for axes, (span, methods) in zip(panels[0], groups.items()):
+            draw_panel(axes, span, methods)
+            axes.set_title(f"layers {span[0]}..{span[1] - 1} replaced by one")
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize=7)
+        figure.savefig(f"{args.pictures}/{name}", dpi=80)
 
 
 if __name__ == "__main__":

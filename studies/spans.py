@@ -19,28 +19,21 @@ from tqdm import tqdm
 from data import training_rows
 from eval_kl import DEVICE, fingerprint, load_student, pick_device
 from lft import InputError, backbone, load_teacher, run_script, trunk_of
-from studies.results import read_curve
+from studies.results import optimize, pyplot, read_curve, stats
 from train_fm import at_least
-
-try:
-    from matplotlib import pyplot
-    from scipy.optimize import linear_sum_assignment
-    from scipy.stats import spearmanr
-except ImportError as error:
-    raise SystemExit(f"error: {error.name} is missing: pip install -r studies/requirements.txt") from error
 
 
 def recoupling_ratio(x0, x1):
-    """The share of tokens that optimal transport pairs with another token's state, R = 1 - Tr(M) / O_M (Eq. 7).
+    """The share of tokens that optimal transport pairs with another token's state: R = 1 - Tr(M) / O_M (Eq. 7).
 
-    x0, x1: (tokens, hidden). Of optimal pairings, as for equal tokens with equal states, the one with most own pairs counts.
+    x0, x1: (tokens, hidden). Where several pairings are optimal, as with equal states, the one with most own pairs counts.
     """
-    # |x0 - x1|² = |x0|² + |x1|² - 2 x0·x1; the sum of the first two is the same for every pairing. Centering changes no pairing.
+    # |x0 - x1|² = |x0|² + |x1|² - 2 x0·x1; the first two sum to the same for every pairing. Centering changes no pairing.
     x0, x1 = x0.double() - x0.double().mean(dim=0), x1.double() - x1.double().mean(dim=0)
     products = x0 @ x1.T
     # A bonus for own pairs decides ties: far above the rounding of float64, far below that of the float32 states.
     products.diagonal().add_(1e-12 * products.abs().max())
-    _, paired_with = linear_sum_assignment(products.cpu().numpy(), maximize=True)  # M, a permutation
+    _, paired_with = optimize.linear_sum_assignment(products.cpu().numpy(), maximize=True)  # M, a permutation
     return 1 - (paired_with == range(len(x0))).mean().item()
 
 
@@ -64,20 +57,21 @@ def ratios(teacher, rows):
 
 
 def compare(runs, teacher, found):
-    """Print both measures of each run's span beside the KL that it reached, and their rank correlations with it."""
-    teacher_is, lines = fingerprint(teacher), []
+    """Print R and moved of each run's span beside the KL that it reached, and their rank correlations with it."""
+    lines = []
     for run in dict.fromkeys(Path(run).resolve() for run in runs):
         config = load_student(run).config
-        if config.training["teacher_sha256"] != teacher_is:
+        if config.training["teacher_sha256"] != fingerprint(teacher):
             raise InputError(f"{run} was trained with another teacher, {config.teacher}: leave it out, or give that as --teacher")
         ratio, moved, _ = found[:, config.start, config.end].tolist()
-        lines.append((ratio, moved, read_curve(run, config.training)[-1][1], f"{config.start}..{config.end - 1}"))
+        lines.append((ratio, moved, read_curve(run, config.training)[-1][1], f"{config.start}..{config.end - 1}"))  # the last KL
     print(f"\n{'layers':>8}{'R':>8}{'moved':>8}{'KL':>9}   validation text, nats per token")
     for ratio, moved, kl, layers in sorted(lines):
         print(f"{layers:>8}{ratio:>8.3f}{moved:>8.3f}{kl:>9.4f}")
     if len(lines) > 2:
-        ratio, moved, kl, _ = zip(*lines)
-        print(f"rank correlation with the KL: R {spearmanr(ratio, kl).statistic:.2f}, moved {spearmanr(moved, kl).statistic:.2f}")
+        *measures, kl, _ = zip(*lines)
+        of_ratio, of_moved = (stats.spearmanr(measure, kl).statistic for measure in measures)
+        print(f"rank correlation with the KL: R {of_ratio:.2f}, moved {of_moved:.2f}")
 
 
 def main():
@@ -86,15 +80,14 @@ def main():
     add("--teacher", default="tiny_teacher", help="a folder or a model on the hub")
     add("--data", default="stdlib", help="text, as for train_fm.py; its training part is read")
     add("--length", type=at_least(1), default=6, help="layers of the spans to list")
-    add("--rows", type=at_least(1), default=32, help="rows of text")
-    add("--row-tokens", type=at_least(2), default=256, help="tokens of a row, which are paired with each other")
+    add("--rows", type=at_least(1), default=32, help="rows of 256 tokens, which are paired with each other")
     add("--picture", help="PNG file for a heat map of all spans")
     add("--compare", metavar="RUN", nargs="+", default=[], help="runs of train_fm.py whose KL is printed beside R")
     add("--device", default=DEVICE, help="cpu, cuda or mps")
     args = parser.parse_args()
     teacher, tokenizer = load_teacher(args.teacher, pick_device(args.device))
     n = len(backbone(teacher).layers)
-    rows = itertools.islice(training_rows(args.data, tokenizer, args.row_tokens), args.rows)
+    rows = itertools.islice(training_rows(args.data, tokenizer, min(256, teacher.config.max_position_embeddings)), args.rows)
     found = ratios(teacher, torch.tensor([row["ids"] for row in rows]))
     spans = [(*found[:, start, start + args.length].tolist(), start) for start in range(n - args.length + 1)]
     print(f"{'layers':>8}{'R':>8}{'moved':>8}{'largest':>9}")
@@ -102,8 +95,8 @@ def main():
         print(f"{f'{start}..{start + args.length - 1}':>8}{ratio:>8.3f}{moved:>8.3f}{largest:>9.3f}")
     if args.picture:
         figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-        image = axes.imshow(found[0, :, 1:], origin="lower", extent=(0.5, n + 0.5, -0.5, n - 0.5))
-        axes.set(xlabel="end (first layer to keep)", ylabel="start (first layer to replace)", title="Recoupling Ratio of every span")
+        image = axes.imshow(found[0, :, 1:].numpy(), origin="lower", extent=(0.5, n + 0.5, -0.5, n - 0.5))
+        axes.set(xlabel="end (first layer to keep)", ylabel="start (first to replace)", title="Recoupling Ratio of every span")
         figure.colorbar(image, label="R: 0, optimal transport keeps every pair")
         figure.savefig(args.picture, dpi=100)
     if args.compare:

@@ -1,15 +1,13 @@
-"""Run a training script on hidden states that are stored on disk, so that the layers before a span run once for many runs.
+"""What do stored hidden states save? Runs a training script on them, so that the layers before the span run once for many runs.
 
-    python studies/stored.py states train_fw.py --teacher smollm2 --start 12 --end 24
-    python studies/stored.py states --teacher smollm2 --layers 12 18 24             # only stores
+    python studies/stored.py states train_fw.py --teacher smollm2 --data stdlib --start 12 --end 24
 
-What a run finds missing it computes and stores. States are in float16: a run comes out as without this script, but for the
-rounding. States of 1 million tokens at width 576 take 1.2 GB a layer. A folder holds the states of one teacher, text and seq_len.
+States that are missing are computed and stored in float16, a file for each row of text and layer; the run comes out the same
+except for rounding. One million tokens of width 576 take 1.2 GB per layer. Options after the script's name are the script's.
 """
 import argparse
 import hashlib
-import itertools
-import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,115 +15,52 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy
 import torch
-from tqdm import tqdm
 
 import train_fm
 import train_fw
-from data import token_rows, training_rows
-from lft import InputError, backbone, final_norm, fingerprint, hidden_pair, load_teacher, record_inputs, run_script, trunk_of, write_whole
+from eval_kl import fingerprint
+from lft import InputError, hidden_pair, run_script, trunk_of
 
 SCRIPTS = {"train_fm.py": train_fm, "train_fw.py": train_fw}
 
 
-def key_of(ids):
-    """A short key of one row of token ids."""
-    return hashlib.sha256(numpy.asarray(ids, numpy.int64).tobytes()).digest()[:16]
-
-
 class Stored:
-    """States entering a teacher's layers, (rows, seq, hidden) each, in a folder; missing ones are computed.
+    """Stands in for `trunk_of` and `hidden_pair` of a training script."""
 
-    Raises InputError if the folder holds those of something else.
-    """
+    def __init__(self, folder):
+        self.folder, self.contexts = Path(folder), {}
 
-    def __init__(self, folder, teacher, data, seq_len):
-        self.folder, self.data, self.seq_len = Path(folder), data, seq_len
-        self.teacher, self.tokenizer = load_teacher(teacher)
-        keys = dict.fromkeys(key_of(row["ids"]) for row in token_rows(data, self.tokenizer, seq_len))  # equal rows once
-        self.rows = {key: number for number, key in enumerate(keys)}
-        text = hashlib.sha256(b"".join(self.rows)).hexdigest()
-        made, path = {"teacher": fingerprint(self.teacher), "text": text}, self.folder / "made.json"
-        if not path.exists():
-            write_whole(path, json.dumps(made).encode())
-        elif json.loads(path.read_text()) != made:
-            raise InputError(f"{folder} holds the states of another teacher, text or --seq-len: give another folder")
-        self.files, self.context = {}, None
+    def trunk_of(self, teacher, end):
+        self.teacher = fingerprint(teacher)
+        return trunk_of(teacher, end)
 
-    def numbers_of(self, ids):
-        """The places of rows of ids (batch, seq) in the files."""
-        return [self.rows[key_of(row)] for row in ids.cpu()]
+    def path(self, layer, row):  # of the states entering the layer, for one row of ids (seq,)
+        key = hashlib.sha256(self.teacher.encode() + row.cpu().numpy().tobytes()).hexdigest()
+        return self.folder / str(layer) / f"{key[:32]}.npy"
 
-    def file(self, layer):
-        """The states of a layer, and which rows of them are there."""
-        if layer not in self.files:
-            arrays = []
-            for suffix, dtype, shape in (("f16", "float16", (len(self.rows), self.seq_len, self.teacher.config.hidden_size)), ("done", "bool", (len(self.rows),))):
-                path = self.folder / f"{layer}.{suffix}"
-                arrays.append(numpy.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape))
-            self.files[layer] = arrays
-        return self.files[layer]
-
-    def write(self, layer, numbers, states):
-        """Keep the states of these rows."""
-        values, done = self.file(layer)
-        states = states.half()
-        if not states.isfinite().all():
-            raise InputError(f"states entering layer {layer} are too large for float16: run the training script without stored states")
-        values[numbers] = states.cpu().numpy()
-        done[numbers] = True
-
-    def pair(self, trunk, ids, start):
-        """As `hidden_pair`, from the disk where all of these rows are there."""
-        end = len(backbone(trunk).layers)
-        if key_of(ids[0].cpu()) not in self.rows:  # held-out text
-            return hidden_pair(trunk, ids, start)
-        numbers = self.numbers_of(ids)
-        if self.context is None or not all(self.file(layer)[1][numbers].all() for layer in (start, end)):
-            x0, x1, self.context = hidden_pair(trunk, ids, start)
-            self.write(start, numbers, x0)
-            self.write(end, numbers, x1)
-        x0, x1 = (torch.from_numpy(self.file(layer)[0][numbers]).to(ids.device).float() for layer in (start, end))
-        return x0, x1, self.context
-
-    def store(self, layers, number, compiled):
-        """Compute the states of these layers for the first rows that a run of seed 0 takes, so many of them."""
-        if compiled:
-            self.teacher.set_attn_implementation("eager")
-        trunk = train_fm.prepare(trunk_of(self.teacher, max(layers)), self.teacher.device, compiled)
-        modules = [*backbone(trunk).layers, final_norm(trunk)]
-        rows = iter(training_rows(self.data, self.tokenizer, self.seq_len))
-        for _ in tqdm(range(0, min(number, len(self.rows)), 8), mininterval=10):
-            ids = torch.tensor([row["ids"] for row in itertools.islice(rows, 8)])
-            numbers = self.numbers_of(ids)
-            if not all(self.file(layer)[1][numbers].all() for layer in layers):
-                with torch.no_grad(), train_fm.autocast(ids.device), record_inputs(*(modules[layer] for layer in layers)) as calls:
-                    backbone(trunk)(ids, use_cache=False)
-                for layer, (states, _) in zip(layers, calls):
-                    self.write(layer, numbers, states)
+    def hidden_pair(self, trunk, ids, start):
+        paths = [[self.path(layer, row) for row in ids] for layer in (start, len(trunk.layers))]
+        if ids.shape not in self.contexts or not all(path.exists() for path in sum(paths, [])):
+            *states, self.contexts[ids.shape] = hidden_pair(trunk, ids, start)  # the context depends on the shape only
+            for path, state in zip(sum(paths, []), torch.cat(states).half().cpu()):
+                if not state.isfinite().all():
+                    raise InputError(f"the states entering layer {path.parent.name} are too large for float16: do not store them")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                numpy.save(path.with_suffix(".part.npy"), state)
+                os.replace(path.with_suffix(".part.npy"), path)  # whole or not at all
+        x0, x1 = (torch.from_numpy(numpy.stack([*map(numpy.load, each)])).to(ids.device).float() for each in paths)
+        return x0, x1, self.contexts[ids.shape]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("folder", help="where the states are kept")
-    add("script", nargs="?", choices=SCRIPTS, help="what to run, with its options after it (default: only store)")
-    add("--teacher", required=True, help="as for the script")
-    add("--data", default="stdlib", help="as for the script (default %(default)s)")
-    add("--seq-len", type=int, default=256, help="as for the script (default %(default)s)")
-    add("--layers", type=int, nargs="+", default=[], help="layers whose entering states are stored (default: those that the script wants)")
-    add("--rows", type=int, default=10**9, help="of the text to store, in the order of seed 0 (default: all)")
-    add("--compile", action="store_true", help="as for the script")
-    args, rest = parser.parse_known_args()
-    if not args.layers and not args.script:
-        parser.error("give --layers, or a script to run")
-    stored = Stored(args.folder, args.teacher, args.data, args.seq_len)
-    if args.layers:
-        stored.store(args.layers, args.rows, args.compile)
-    if args.script:
-        train_fm.hidden_pair = stored.pair
-        options = ["--teacher", args.teacher, "--data", args.data, "--seq-len", str(args.seq_len)]
-        sys.argv = [args.script, *options, *(["--compile"] if args.compile else []), *rest]
-        SCRIPTS[args.script].main()
+    parser.add_argument("folder", help="where the states are kept")
+    parser.add_argument("script", choices=SCRIPTS, help="what to run")
+    args, options = parser.parse_known_args()
+    stored = Stored(args.folder)
+    train_fm.trunk_of, train_fm.hidden_pair = stored.trunk_of, stored.hidden_pair
+    sys.argv = [args.script, *options]
+    SCRIPTS[args.script].main()
 
 
 if __name__ == "__main__":
