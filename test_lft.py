@@ -4,28 +4,28 @@
 
 KILLS=50 in the environment makes `test_killed_run_resumes_exactly` kill its run that often (default 4).
 """
-import contextlib, copy, functools, gzip, inspect, itertools, json, math, multiprocessing, os, random, re, resource  # noqa: E401
-import shutil, signal, socket, subprocess, sys, sysconfig, textwrap, threading, time  # noqa: E401
+import contextlib, copy, functools, gzip, inspect, itertools, json, math, multiprocessing, os, random, re, resource
+import shutil, signal, socket, subprocess, sys, sysconfig, textwrap, threading, time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test waits for the network
 
-import pytest, torch, transformers, zstandard  # noqa: E401
+import pytest, torch, transformers, zstandard
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-import data, eval_kl, lft, train_fm, train_fw  # noqa: E401
+import data, eval_kl, lft, train_fm, train_fw
 
 HERE = Path(__file__).parent
 GQA = {"num_key_value_heads": 2}
 FAMILIES = {
     "neox": ("GPTNeoX", {}), "neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}), "qwen2": ("Qwen2", GQA),
     "llama": ("Llama", GQA | {"tie_word_embeddings": True}), "mistral": ("Mistral", GQA | {"sliding_window": 8}),
-    "qwen3": ("Qwen3", GQA | {"head_dim": 16}), "phi3": ("Phi3", GQA), "starcoder2": ("Starcoder2", GQA), "olmo": ("Olmo", GQA)}  # fmt: skip
+    "qwen3": ("Qwen3", GQA | {"head_dim": 16}), "phi3": ("Phi3", GQA), "olmo": ("Olmo", GQA), "starcoder2": ("Starcoder2", GQA)}
 UNFIT = {  # each with the first of the layers 1, 2, 3 that does not fit
-    "norms after the branches": ("Gemma2", GQA | {"head_dim": 8}, 1), "a scaled residual": ("Granite", {"residual_multiplier": 0.5}, 1),
-    "experts in every other layer": ("Qwen3Moe", GQA | {"head_dim": 8, "decoder_sparse_step": 2, "num_experts_per_tok": 2}, 2)}  # fmt: skip
+    "norms after branches": ("Gemma2", GQA | {"head_dim": 8}, 1), "scaled residual": ("Granite", {"residual_multiplier": 0.5}, 1),
+    "experts by turns": ("Qwen3Moe", GQA | {"head_dim": 8, "decoder_sparse_step": 2, "num_experts_per_tok": 2}, 2)}
 
 def random_teacher(family="neox", **options):
     """A small model with random weights, large enough that every part of a layer matters."""
@@ -48,7 +48,6 @@ def randomize(velocity):
     return velocity.eval()
 
 def student_of(teacher, start, end, solver="midpoint", k=1):
-    """A student with a random flow."""
     torch.manual_seed(2)
     student = lft.LFTForCausalLM(lft.LFTConfig(teacher.config.to_dict(), start, end, solver, k, "a teacher"), teacher)
     randomize(student.flow.velocity)
@@ -143,20 +142,16 @@ def test_skip_equals_rebuilt_model(family):
         assert torch.equal(skipping(IDS).logits, rebuilt(IDS).logits) and skipping.config.to_dict() == rebuilt.config.to_dict()
         assert torch.equal(skipping.generate(IDS, **how), rebuilt.generate(IDS, **how))
 
-def test_teacher_is_shared_and_untouched():
+def test_later_teacher_settings_do_not_reach_the_student():
     teacher = random_teacher()
-    layers, logits, weights = [*layers_of(teacher)], teacher(IDS).logits, {id(weight) for weight in teacher.parameters()}
     student = student_of(teacher, 1, 4, "euler", 2)
-    expected = student(IDS).logits
-    assert torch.equal(teacher(IDS).logits, logits) and [*layers_of(teacher)] == layers and teacher.config.num_hidden_layers == 6
-    assert [layer.attention.layer_idx for layer in layers] == [*range(6)]
-    assert {id(w) for w in student.parameters()} - weights == {id(w) for w in student.flow.velocity.parameters()}
+    expected, (theirs, own, flows) = student(IDS).logits, ({*map(id, model.parameters())} for model in (teacher, student, student.flow))
     teacher.set_attn_implementation("eager")  # its masks mean something else: a flow that followed would see the future
     assert torch.equal(student(IDS).logits, expected)
+    assert own - theirs == flows  # the other weights are shared
 
 @pytest.mark.parametrize("solver, k, end", [("midpoint", 3, 4), ("euler", 2, 6)])
 def test_flow_equals_a_walk_by_hand(solver, k, end):
-    """In k equal steps, as the configuration says at the moment."""
     student = student_of(SMALL, 2, end)
     student.config.solver, student.config.k = solver, k
     x, context, flow = call_of(student.flow, student, IDS)
@@ -171,7 +166,6 @@ def test_flow_equals_a_walk_by_hand(solver, k, end):
 
 # ---- The KV cache
 class TwoAttentions(lft.VelocityBlock):
-    """A velocity of two blocks, one after the other."""
     def __init__(self, layer):
         super().__init__(layer)
         self.second = lft.VelocityBlock(layer)
@@ -183,12 +177,13 @@ def cached_logits(model, cache):
     return torch.cat([model(part, past_key_values=cache).logits for part in IDS.split([11, 1, 1, 7], dim=1)], 1)
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_logits_equal_uncached(family):
+def test_cached_and_reloaded_logits_equal_uncached(family, tmp_path):
     teacher = random_teacher(family)
     for start, end, solver, k in ((1, 5, "midpoint", 2), (0, 1, "midpoint", 3), (4, 6, "euler", 8), (2, 6, "euler", 1)):
         student = student_of(teacher, start, end, solver, k)
         by_default, expected = student(IDS[:, :11]).past_key_values, student(IDS, use_cache=False).logits
         close(student(IDS[:, 11:], past_key_values=by_default).logits, expected[:, 11:])
+        student.save_pretrained(tmp_path), close(lft.LFTForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)
         for cache in (DynamicCache(config=student.config.get_text_config()), DynamicCache()):
             close(cached_logits(student, cache), expected)
             for change in ((solver, k + 1), ({"euler": "midpoint", "midpoint": "euler"}[solver], k)):
@@ -207,17 +202,17 @@ def test_two_flows_and_two_attentions_cache_right(growing):
     assert [layer.get_seq_length() for layer in cache.layers] == [20] * (4 + 7 + 3)
 
 @pytest.mark.parametrize("family, how", [
-    ("neox", {"num_beams": 3}), *itertools.product(["neox", "mistral", "qwen3"], [{}, {"cache_implementation": "static"}])])  # fmt: skip
+    ("neox", {"num_beams": 3}), *itertools.product(["neox", "mistral", "qwen3"], [{}, {"cache_implementation": "static"}])])
 def test_generated_text_equals_uncached(family, how):
     """A padded batch with a cache, against each of its sequences alone, without padding and without a cache."""
-    teacher, beams = random_teacher(family), how.get("num_beams", 1)
-    how |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    teacher, beams, uncached = random_teacher(family), how.get("num_beams", 1), {"use_cache": False, "cache_implementation": None}
+    how |= {"return_dict_in_generate": True, "do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
     for start, end, solver, k, lengths in ((0, 3, "euler", 2, [20, 20, 20]), (2, 4, "midpoint", 2, [20, 13, 5])):
-        mask, student = torch.stack([torch.arange(20) >= 20 - n for n in lengths]).long(), student_of(teacher, start, end, solver, k)
-        generate = lambda ids, mask, **more: student.generate(ids, attention_mask=mask, return_dict_in_generate=True, **how | more)
+        student, mask = student_of(teacher, start, end, solver, k), torch.arange(20).ge(20 - torch.tensor(lengths)[:, None]).long()
+        generate = lambda ids, mask, **more: student.generate(ids, attention_mask=mask, output_logits=True, **how | more)
         batch = generate(IDS * mask, mask)
         for row, n in enumerate(lengths):
-            alone = generate(IDS[row : row + 1, 20 - n :], mask[row : row + 1, 20 - n :], use_cache=False, cache_implementation=None)
+            alone = generate(IDS[row : row + 1, 20 - n :], mask[row : row + 1, 20 - n :], **uncached)
             assert torch.equal(batch.sequences[row, 20 - n :], alone.sequences[0])
             close(torch.stack(batch.logits)[:, row * beams : (row + 1) * beams], torch.stack(alone.logits))
 
@@ -243,7 +238,6 @@ def test_two_threads_do_not_mix_their_caches():
 # ---- The teacher and the saved student
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
-    """A small random teacher as a folder, with the tokenizer of tiny_teacher."""
     folder, teacher = tmp_path_factory.mktemp("teacher"), random_teacher(vocab_size=2048)
     teacher.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[0, 5], repetition_penalty=1.3, max_new_tokens=9)
     teacher.save_pretrained(folder), TOKENIZER.save_pretrained(folder)
@@ -259,11 +253,11 @@ def edit_json(path, edit):
     edit(content)
     path.write_text(json.dumps(content))
 
-@pytest.mark.parametrize("vocabulary, eos, fits", [(2048, "<|endoftext|>", True), (2047, "<|endoftext|>", False), (2048, None, False)])
-def test_teacher_is_loaded_frozen_if_its_tokenizer_fits(tmp_path, vocabulary, eos, fits):
+@pytest.mark.parametrize("vocabulary, eos", [(2048, "<|endoftext|>"), (2047, "<|endoftext|>"), (2048, None)])
+def test_teacher_is_loaded_frozen_if_its_tokenizer_fits(tmp_path, vocabulary, eos):
     random_teacher(vocab_size=vocabulary).half().save_pretrained(tmp_path), TOKENIZER.save_pretrained(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", lambda config: config.update(eos_token=eos))
-    with contextlib.nullcontext() if fits else pytest.raises(lft.InputError, match="tokenizer"):
+    with contextlib.nullcontext() if eos and vocabulary == 2048 else pytest.raises(lft.InputError, match="tokenizer"):
         teacher, _ = lft.load_teacher(str(tmp_path))
         assert {(w.dtype, w.requires_grad) for w in teacher.parameters()} == {(torch.float32, False)} and not teacher.training
 
@@ -275,14 +269,6 @@ def test_integer_weights_are_refused_and_quantization_config_dropped(teacher_fol
     layers_of(teacher)[3].mlp.dense_h_to_4h.weight.data = torch.ones(64, 32, dtype=torch.int8)
     with pytest.raises(lft.InputError, match="integers"):
         lft.load_teacher(str(teacher_folder))
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_student_loads_the_same(family, tmp_path):
-    student = student_of(random_teacher(family), 1, 5, "midpoint", 2)
-    student.save_pretrained(tmp_path)
-    again = lft.LFTForCausalLM.from_pretrained(tmp_path)
-    close(again(IDS).logits, student(IDS).logits, atol=1e-5)
-    assert is_equal(student.state_dict(), again.state_dict())
 
 # ---- The losses
 def recorder(velocity, times):
@@ -320,14 +306,13 @@ def test_zero_state_gives_a_finite_loss(loss_of):
     assert loss.isfinite() and weight.grad.isfinite().all() and eval_kl.token_errors(x0 - x1, x1, 2).isfinite().all()
 
 @pytest.mark.parametrize("k, solver, alpha, logit_weight, token_power", [
-    (1, "euler", 0.0, 0.0, 1.0), (3, "euler", 0.3, 0.0, 0.0), (1, "midpoint", 0.0, 2.0, 0.5), (4, "midpoint", 0.5, 0.1, 2.0)])  # fmt: skip
+    (1, "euler", 0.0, 0.0, 1.0), (3, "euler", 0.3, 0.0, 0.0), (1, "midpoint", 0.0, 2.0, 0.5), (4, "midpoint", 0.5, 0.1, 2.0)])
 def test_flow_walking_equals_a_loop_by_hand(k, solver, alpha, logit_weight, token_power):
-    """Value and gradient, one sequence after another, at the times that the loss drew."""
     torch.manual_seed(3)
     x0, x1, matrix, head = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    u, logits, times, per_step = lambda x, t: torch.sin(x @ matrix.requires_grad_() + 3 * t), lambda x: x @ head[0], [], 1 + (solver == "midpoint")
-    given = {"alpha": alpha, "logit_weight": logit_weight, "token_power": token_power}
-    loss = train_fw.flow_walking_loss(recorder(u, times), x0, x1, logits, k, solver, **given)
+    u, logits = lambda x, t: torch.sin(x @ matrix.requires_grad_() + 3 * t), lambda x: x @ head[0]
+    given, times, per_step = {"logit_weight": logit_weight, "token_power": token_power}, [], 1 + (solver == "midpoint")
+    loss = train_fw.flow_walking_loss(recorder(u, times), x0, x1, logits, k, solver, alpha, **given)
     assert len(times) == k * per_step + bool(alpha)
     squared, walked = lambda error: (error**2).mean(-1) / (x1**2).mean(-1).sqrt() ** token_power, []
     for i in range(3):
@@ -388,29 +373,28 @@ def test_stdlib_split_stays_the_same():
     """tiny_teacher has never seen the held-out files: another split would score it on what it was trained on."""
     train, held_out = (list(data.stdlib_texts(part)) for part in (False, True))
     assert not set(train) & set(held_out) - {""} and 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.07
-    assert not any("class TestCase(unittest.TestCase" in text for text in train + held_out)
-    in_held_out = lambda name: Path(sysconfig.get_path("stdlib"), name).read_text() in held_out
     names = ("argparse.py", "dataclasses.py", "heapq.py", "asyncio/events.py", "codecs.py", "email/parser.py")
-    assert [*map(in_held_out, names)] == [False] * 3 + [True] * 3
+    sources = [Path(sysconfig.get_path("stdlib"), name).read_text() for name in names]
+    assert all(source in train for source in sources[:3]) and all(source in held_out for source in sources[3:])
 
 A, B, C, D = "a" * 190, "b" * 10, "c" * 95, "d" * 5  # the last twentieth of each document is held out
 PLAIN, ROWS, BOTH = {"1.txt": A + B, "2.md": C + D}, [A + B, None, C + D], (f"{A}|{C}|", f"{B}|{D}|")
 PILE = {"train/1.jsonl.zst": ["ab", "cd"], "train/2.jsonl.zst": ["e"], "val.jsonl.zst": ["fg"], "test.jsonl.zst": ["h"]}
 
 @pytest.mark.parametrize("files, place, train, held_out", [
-    (PLAIN, "", *BOTH), (PLAIN, "*.*", *BOTH), (PLAIN, "2.md", f"{C}|", f"{D}|"), ({"train.py": A + B, "test.py": C + D}, "", *BOTH),
-    ({"x.jsonl": ROWS, "b/notes[1].txt": A + B, "b/c.PY": C + D}, "b", *BOTH), ({"n[1].txt": A + B}, "n[1].txt", f"{A}|", f"{B}|"),
+    (PLAIN, "", *BOTH), (PLAIN, "*.*", *BOTH), (PLAIN, "2.md", f"{C}|", f"{D}|"), ({"train.py": A + B, "x.py": C + D}, "", *BOTH),
+    ({"x.jsonl": ROWS, "b/n[1].txt": A + B, "b/c.PY": C + D}, "b", *BOTH), ({"n[1].txt": A + B}, "n[1].txt", f"{A}|", f"{B}|"),
     ({"n[1]/1.txt": A + B, "1.txt": C + D}, "n[1]", f"{A}|", f"{B}|"), ({"1.txt.gz": A + B, "2.txt.zst": C + D}, "", *BOTH),
     ({"1.TXT.GZ": A + B}, "1.TXT.GZ", f"{A}|", f"{B}|"), ({"x.JSONL": ROWS}, "x.JSONL", *BOTH), ({"x.jsonl.gz": ROWS}, "", *BOTH),
-    ({"x[1].jsonl": ROWS}, "x[1].jsonl", *BOTH), ({"x.parquet": ROWS}, "x.parquet", *BOTH), ({"x.jsonl.zst": ROWS}, "*.zst", *BOTH),
+    ({"x[1].json": ROWS}, "x[1].json", *BOTH), ({"x.parquet": ROWS}, "x.parquet", *BOTH), ({"x.jsonl.zst": ROWS}, "*.zst", *BOTH),
     ({"train.jsonl": ROWS[:2], "test.jsonl": ROWS[2:], "dune.json": ROWS[:1]}, "", f"{A}|{A}|{C}|", f"{B}|{B}|{D}|"),
     ({"x.csv": f"id,text\n1,{A + B}\n2,\n3,{C + D}\n"}, "x.csv", *BOTH), (PILE, data.PILE, "ab|cd|e|", "fg|"),
-    ({"train.jsonl": ["ab"], "validation.jsonl": ["cd"], "test.jsonl": ["ef"]}, "hub/set", "ab|", "cd|"),
-    ({"train.jsonl": ["ab"], "test.jsonl": ["ef"]}, "hub/set", "ab|", "ef|"), ({"train.jsonl": [A + B]}, "hub/set", f"{A}|", f"{B}|")])  # fmt: skip
+    ({"train.json": ["ab"], "validation.json": ["cd"], "test.json": ["ef"]}, "a/set", "ab|", "cd|"),
+    ({"train.json": ["ab"], "test.json": ["ef"]}, "a/set", "ab|", "ef|"), ({"train.json": [A + B]}, "a/set", f"{A}|", f"{B}|")])
 def test_text_is_read_by_document_and_split(tmp_path, monkeypatch, files, place, train, held_out):
     for name, content in files.items():
         write_text(tmp_path / "text" / name, content)
-    load_dataset, on_hub = data.load_dataset, dict.fromkeys(("hub/set", data.PILE), str(tmp_path / "text"))
+    load_dataset, on_hub = data.load_dataset, dict.fromkeys(("a/set", data.PILE), str(tmp_path / "text"))
     monkeypatch.setattr(data, "load_dataset", lambda path, *args, **more: load_dataset(on_hub.get(path, path), *args, **more))
     if place not in on_hub:
         place = tmp_path / "text" / place
@@ -421,11 +405,11 @@ def test_text_is_read_by_document_and_split(tmp_path, monkeypatch, files, place,
     assert numbers == sorted(set(numbers)) and len(numbers) == train.count("|")
 
 @pytest.mark.parametrize("name, content", [
-    ("x.txt", b""), ("x.txt", b"\xff\x00" * 999), ("x.jsonl", b""), ("x.jsonl", b"\xff\x00" * 999), ("x.jsonl", b'{"no": "text"}'),
+    ("x.txt", b""), ("x.txt", b"\xff\x00" * 999), ("x.jsonl", b""), ("x.jsonl", b"\xff\x00" * 999), ("x.json", b'{"no": "text"}'),
     ("x.rst", b"unknown suffix" * 99), ("x.ndjson", b'{"text": "unknown suffix"}' * 99), ("x.parquet", b"PAR1" * 9),
     ("x.jsonl.gz", gzip.compress(os.urandom(9999))[:5000]), ("x.jsonl.zst", zstandard.compress(b'{"text": "ab"}' * 99)[:-9]),
     ("x.txt.gz", gzip.compress(os.urandom(9999))[:5000]), ("x.txt.zst", zstandard.compress(b"abcd" * 99)[:-9]),
-    ("mixed.json", b'{"text": "rows beside plain text"}'), ("mixed.rst", b"an unknown suffix beside plain text")])  # fmt: skip
+    ("mixed.json", b'{"text": "rows beside plain text"}'), ("mixed.rst", b"an unknown suffix beside plain text")])
 def test_corrupt_unknown_or_mixed_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content), (tmp_path / "text.txt").write_text(A + B)
     place, word = (tmp_path, "one kind") if "mixed" in name else (tmp_path / name, "--data")
@@ -462,9 +446,9 @@ def test_place_in_the_text_is_kept(text, stream, streamed):
 def test_validation_and_test_share_at_most_one_document(lengths):
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     rows, n = torch.arange(4 * len(documents)).view(-1, 4), len(documents)
-    (validation, its_documents), (test, test_documents) = (data.split_half(rows, documents, 10**6, test=test) for test in (False, True))
-    assert torch.equal(torch.cat([validation, test]), rows) and abs(len(validation) - n / 2) < 1
-    assert len(set(its_documents.tolist()) & set(test_documents.tolist())) <= 1
+    halves, numbers = zip(*(data.split_half(rows, documents, 10**6, test=test) for test in (False, True)))
+    assert torch.equal(torch.cat(halves), rows) and abs(len(halves[0]) - n / 2) < 1
+    assert len(set(numbers[0].tolist()) & set(numbers[1].tolist())) <= 1
     few, _ = data.split_half(torch.arange(800).view(200, 4), torch.arange(200), 40, test=True)  # ten rows, spread over the half
     assert few[:, 0].tolist() == pytest.approx([400 + 44 * i for i in range(10)], abs=4) and few[-1, 0] == 796
     with pytest.raises(lft.InputError, match="two held-out rows"):
@@ -496,8 +480,9 @@ def test_table_rows_equal_their_models(start, end, power):
         skips = {i: lft.replace_span(SMALL, i, i + n) for i in range(start, end - n + 1)}
         kls = {i: kl_by_row(model) for i, model in skips.items()}
         best, means[f"skip {n}, mean inside span"] = min(kls, key=lambda i: kls[i].mean()), sum(kls.values()) / len(kls)
-        for where, i, model in (("best inside span", best, skips[best]), ("first of span", start, skips[start]), ("patched", best, None)):
-            models[f"skip {n}, {where}"], places[f"skip {n}, {where}"] = model or patched(i, i + n), f"{i}..{i + n - 1}"
+        for where, i in (("best inside span", best), ("first of span", start), ("patched", best)):
+            places[f"skip {n}, {where}"] = f"{i}..{i + n - 1}"
+            models[f"skip {n}, {where}"] = patched(i, i + n) if where == "patched" else skips[i]
     models |= {"linear map": patched(start, end)} if power else {}
     assert table.keys() == models.keys() | means.keys() and [*table][:2] == ["teacher", "LFT euler x1"]
     x0, x1, context = lft.hidden_pair(lft.trunk_of(SMALL, end), rows, start)
@@ -519,7 +504,8 @@ def test_table_rows_equal_their_models(start, end, power):
         assert "patched" in name or (row["nmse"] is None) != (name.startswith("LFT") or name == "linear map")
     for name, kl in means.items():
         assert table[name]["kl"] == pytest.approx(kl.mean().item(), rel=1e-3) and table[name]["kl_stderr"] == stderr(kl)
-    assert eval_kl.standard_error(random_rows(9).float(), torch.zeros(9)) is None and table["teacher"]["kl"] == 0 and table["teacher"]["prefill_time"] == 1
+    assert table["teacher"]["kl"] == 0 and table["teacher"]["prefill_time"] == 1
+    assert eval_kl.standard_error(random_rows(9).float(), torch.zeros(9)) is None  # of one document
 
 def test_forward_times_on_a_fake_clock(monkeypatch):
     """The machine is twice as slow in every other round, three times in the first, and one model stumbles in three rounds."""
@@ -537,7 +523,8 @@ def test_printed_ratio_is_the_one_of_the_spans_length(capsys):
     keys = ("layers_replaced", "evaluations", "nmse", "perplexity", "top1_agreement", "parameters", "prefill_time")
     kls = {"LFT euler x2": 0.3, "skip 2, best": 0.2, "skip 2, patched": 0.4, "skip 3, best": 0.3, "skip 3, patched": 0.6}
     rows = [dict.fromkeys(keys, 1) | {"name": name, "kl": kl, "kl_stderr": None} for name, kl in kls.items()]
-    for length, ratios, paper in ((6, "skip 2: 1.50 best, 0.75 patched", "0.77"), (12, "skip 3: 1.00 best, 0.50 patched", "0.79"), (5, "", "")):
+    ratios_of = {6: ("skip 2: 1.50 best, 0.75 patched", "0.77"), 12: ("skip 3: 1.00 best, 0.50 patched", "0.79"), 5: ("", "")}
+    for length, (ratios, paper) in ratios_of.items():
         eval_kl.print_table(rows, SimpleNamespace(solver="euler", k=2, start=4, end=4 + length))
         printed = capsys.readouterr().out
         assert printed.isascii() and ratios in printed and paper in printed and ("paper" in printed) == (length != 5)
@@ -598,7 +585,8 @@ def rows_by_hand(seq_len, part):
     rows = torch.tensor(tokens[: len(tokens) // seq_len * seq_len]).view(-1, seq_len)
     return {"training": rows, "validation": rows[: len(rows) // 2], "test": rows[len(rows) // 2 :]}[part]
 
-first_rows = lambda text, n, **more: torch.tensor([row["ids"] for _, row in zip(range(n), data.training_rows(str(text), TOKENIZER, 32, **more))])
+def first_rows(text, n, seed=0):
+    return torch.tensor([row["ids"] for _, row in zip(range(n), data.training_rows(str(text), TOKENIZER, 32, seed))])
 
 ELSEWHERE = """
 import importlib.util, torch, transformers
@@ -630,14 +618,13 @@ def test_run_is_a_model_and_its_scores_are_true(run, tmp_path, teacher_folder, t
         assert re.search("^{} .*{:.4f}.*{:.2f}.*{:.1%}.*{:.2f}".format(re.escape(row["name"]), *shown), printed, re.M)
         assert row["name"] != "LFT euler x2" or row["kl"] == pytest.approx(kl_on("test"), rel=1e-4)
     torch.save((IDS, student(IDS).logits, student.generate(IDS, do_sample=False)), tmp_path / "expected")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HOME": str(tmp_path)}
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path / "elsewhere", env=environment, check=True)
 
 def test_eval_scores_the_right_text_and_fits_on_the_runs_own(run, tmp_path, monkeypatch, teacher_folder):
     out, other, called = tmp_path / "run", tmp_path / "other.txt", []
-    run(train_fw, out=out, seq_len=16, token_power=0.5), other.write_text("".join(f"sentence {n} of another text\n" for n in range(2000)))
+    run(train_fw, out=out, seq_len=16, token_power=0.5), other.write_text("".join(f"sentence {n} of this\n" for n in range(2000)))
     monkeypatch.setattr(eval_kl, "table", lambda *args: called.append(args) or [])
     for more in ({}, {"data": other, "tokens": 64, "teacher": teacher_folder}):
         run(eval_kl, out, **more)
@@ -654,7 +641,6 @@ def test_readme_fork_trains_and_resumes(run, tmp_path):
     assert checkpoint_of(tmp_path)["step"] == 4 and eval_kl.load_student(tmp_path).config.training["method"] not in ("fm", "fw")
 
 def test_loop_takes_the_steps_by_hand(run, tmp_path, monkeypatch, text):
-    """With a velocity of two blocks, both with a time network."""
     monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions)
     options = {"batch_size": 3, "seed": 5, "accumulate": 3, "max_steps": 4}
     run(train_fm, out=tmp_path / "start", lr=0, token_power=0, **options)
@@ -682,7 +668,7 @@ def test_loop_takes_the_steps_by_hand(run, tmp_path, monkeypatch, text):
     (line,), (_, *states) = logged(tmp_path / "run"), checkpoint_of(tmp_path / "run")["trained"]
     groups = [(group["weight_decay"], len(group["params"])) for state in states for group in state["param_groups"]]
     assert groups == [(decay, len(kinds[kind])) for kind, decay in (("matrices", 0.01), ("time_mlp", 0.01), ("vectors", 0.0))]
-    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3) and line["loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert [line["gradient_norm"], line["loss"]] == pytest.approx([norm.item(), sum(losses) / 4], rel=1e-3)
     for kind in kinds.values():  # not each weight: where the true gradient is 0, as of a bias of the keys, AdamW follows rounding
         apart = lambda other: sum((weight - other.state_dict()[name]).square().sum() for name, weight in kind.items())
         assert apart(trained) < 0.001 * apart(start)
@@ -697,8 +683,8 @@ def test_seeds_steps_and_micro_batches_draw_their_own_times(run, monkeypatch, tm
 OWN = {"k": 2, "solver": "euler", "alpha": 0.5, "logit_weight": 2.0, "token_power": 0.0}
 
 @pytest.mark.parametrize("module, options, expected", [
-    (train_fm, {}, ("fm", 6, 12, "first", "midpoint", 1)), (train_fm, {"token_power": 0.5}, ("fm", 6, 12, "first", "midpoint", 1)),
-    (train_fw, {}, ("fw", 6, 18, "middle", "midpoint", 3)), (train_fw, OWN, ("fw", 6, 18, "middle", "euler", 2))])  # fmt: skip
+    (train_fm, {}, ("fm", 6, 12, "first", "midpoint", 1)), (train_fm, {"token_power": 0}, ("fm", 6, 12, "first", "midpoint", 1)),
+    (train_fw, {}, ("fw", 6, 18, "middle", "midpoint", 3)), (train_fw, OWN, ("fw", 6, 18, "middle", "euler", 2))])
 def test_options_reach_the_loss_and_default_to_its_own(monkeypatch, module, options, expected):
     called, loss_of = [], module.flow_matching_loss if module is train_fm else module.flow_walking_loss
     monkeypatch.setattr(module, "train", lambda args, loss, solver, k: called.append((args, loss, solver, k)))
@@ -715,7 +701,7 @@ def test_loss_gets_the_teachers_logits(run, tmp_path, monkeypatch, text):
     monkeypatch.setattr(train_fw, "flow_walking_loss", spy), run(train_fw, max_steps=1, out=tmp_path)
     close(seen[0], random_teacher(vocab_size=2048)(first_rows(text, 8)).logits)
 
-@pytest.mark.parametrize("init, start, end, layer", [("first", 0, 3, 0), ("middle", 1, 6, 3), ("middle", 0, 1, 0), ("5", 1, 4, 5), ("0", 2, 4, 0)])
+@pytest.mark.parametrize("init, start, end, layer", [("first", 0, 3, 0), ("middle", 1, 6, 3), (5, 1, 4, 5), (0, 2, 4, 0)])
 def test_init_names_the_layer_to_start_from(run, tmp_path, init, start, end, layer):
     run(train_fm, start=start, end=end, init=init, max_steps=1, lr=0, out=tmp_path)
     found = eval_kl.load_student(tmp_path).flow.velocity.mlp.dense_h_to_4h.weight
@@ -749,7 +735,7 @@ def test_compiled_run_trains_the_same(run, tmp_path):
 # ---- Runs that stop and resume
 @pytest.mark.parametrize("module, streamed, parts, number", [
     (train_fm, False, 1, signal.SIGINT), (train_fm, True, 2, signal.SIGTERM), (train_fw, False, 2, signal.SIGTERM),
-    (train_fw, True, 1, signal.SIGINT)])  # fmt: skip
+    (train_fw, True, 1, signal.SIGINT)])
 def test_interrupted_run_resumes_exactly(run, tmp_path, monkeypatch, module, streamed, parts, number, stream, teacher_folder):
     """Bit for bit, over the end of a pass through the streamed text, and with the teacher moved."""
     options = {"max_steps": 14, "save_every": 4, "accumulate": parts} | ({"data": stream} if streamed else {})
@@ -773,8 +759,8 @@ def test_changed_options_are_refused_on_resume(run, tmp_path, monkeypatch, text)
     options = {"k": 2, "solver": "euler", "alpha": 0.5, "token_power": 0, "out": "run"}
     run(train_fw, **options)
     before = listing(tmp_path)
-    changed = {"start": 2, "end": 3, "init": "first", "k": 3, "solver": "midpoint", "alpha": 0.3, "logit_weight": 1, "token_power": 1}
-    changed |= {"data": "copy.txt", "seed": 1, "lr": 0.01, "batch_size": 4, "accumulate": 2, "seq_len": 16, "max_steps": 2}
+    changed = {"start": 2, "end": 3, "init": "first", "k": 3, "solver": "midpoint", "alpha": 0.3, "token_power": 1, "seed": 1,
+               "logit_weight": 1, "data": "copy.txt", "lr": 0.01, "batch_size": 4, "accumulate": 2, "seq_len": 16, "max_steps": 2}
     for name, value in changed.items():
         run(train_fw, **options | {"resume": True, name: value}, refused="max-steps" if name == "max_steps" else f"with {name} ")
     run(train_fm, out="run", resume=True, token_power=0, init="middle", refused="run was trained with ")
@@ -789,7 +775,7 @@ swap_e_and_t = lambda tokenizer: (ids := tokenizer["model"]["vocab"]).update(e=i
     ("teacher_sha256", lambda folder: edit_weights(folder, lambda w: w["gpt_neox.layers.5.mlp.dense_h_to_4h.bias"].add_(1e-4))),
     ("teacher_sha256", lambda folder: edit_json(folder / "config.json", lambda config: config.update(hidden_act="relu"))),
     ("held_out_sha256", lambda folder: edit_json(folder / "tokenizer.json", swap_e_and_t)),
-    ("held_out_sha256", lambda folder: (folder / "text.txt").write_text(SOURCE[:-500]))])  # fmt: skip
+    ("held_out_sha256", lambda folder: (folder / "text.txt").write_text(SOURCE[:-500]))])
 def test_changed_teacher_tokenizer_or_text_is_refused(run, tmp_path, teacher_folder, word, change):
     folder, out = shutil.copytree(teacher_folder, tmp_path / "teacher"), tmp_path / "run"
     (folder / "text.txt").write_text(SOURCE)
@@ -837,7 +823,7 @@ KILLS = int(os.environ.get("KILLS", 4))
 
 def test_killed_run_resumes_exactly(start, tmp_path):
     """kill -9 at random moments, while saving too, ends in the run that nobody killed."""
-    options, out, whole = {"batch_size": 1, "max_steps": 20 + 20 * KILLS, "save_every": 1}, tmp_path / "killed", tmp_path / "whole"
+    options, out, whole = {"batch_size": 1, "max_steps": 20 + 20 * KILLS, "save_every": 1}, tmp_path / "run", tmp_path / "whole"
     checkpoint, chance = out / "checkpoint.pt", random.Random(0)
     saved = lambda: checkpoint.exists() and checkpoint.read_bytes()
     def go():
@@ -887,12 +873,13 @@ def test_two_processes_draw_their_own_times_and_resume_exactly(start, tmp_path, 
 # ---- Mistakes and accidents
 @pytest.mark.parametrize("kind, name, call, spoil", [
     ("loss", "flow_matching_loss", 5, lambda loss: loss + math.inf),
-    ("gradient_norm", "flow_matching_loss", 5, lambda loss: loss + (loss - loss.detach()).abs().sqrt()),  # plus 0, its gradient 0/0
-    ("held_out_kl", "evaluate", 2, lambda scores: {"student": scores["student"] | {"kl": torch.ones(1) / 0}})])  # fmt: skip
+    ("gradient_norm", "flow_matching_loss", 5, lambda loss: loss + (loss - loss.detach()).abs().sqrt()),  # 0, its gradient 0/0
+    ("held_out_kl", "evaluate", 2, lambda scores: {"student": scores["student"] | {"kl": torch.ones(1) / 0}})])
 def test_non_finite_numbers_stop_the_run(run, tmp_path, monkeypatch, kind, name, call, spoil):
     """In step 5, or in the score of step 6; the checkpoint of step 3 stays, and no model is written."""
     calls, real = itertools.count(1), getattr(train_fm, name)
-    monkeypatch.setattr(train_fm, name, lambda *args, **more: (spoil if next(calls) == call else lambda x: x)(real(*args, **more)))
+    choose = lambda value: spoil(value) if next(calls) == call else value
+    monkeypatch.setattr(train_fm, name, lambda *args, **more: choose(real(*args, **more)))
     run(train_fm, out=tmp_path, max_steps=6, save_every=3, refused=kind)
     assert checkpoint_of(tmp_path)["step"] == 3 and not (tmp_path / "model.safetensors").exists() and len(logged(tmp_path)) == 1
 
@@ -907,7 +894,6 @@ def test_full_disk_keeps_the_earlier_checkpoint(run, tmp_path, monkeypatch):
     assert checkpoint_of(tmp_path)["step"] == 1
 
 def test_closed_stdout_keeps_checkpoint(standard, tmp_path):
-    """As of `train_fm.py ... | head -1`."""
     command = [sys.executable, HERE / "train_fm.py", *as_flags(standard | {"save_every": 1, "out": tmp_path})]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert b"layers 1..3" in process.stdout.readline()
@@ -916,17 +902,17 @@ def test_closed_stdout_keeps_checkpoint(standard, tmp_path):
 
 @pytest.mark.parametrize("options, word", [
     ({"start": 4}, "6 layers"), ({"start": -1}, "layer"), ({"end": 7}, "layer"), ({"teacher": "no-such/model"}, "no-such/model"),
-    ({"teacher": "no_tokenizer"}, "no_tokenizer"), ({"teacher": "headless"}, "missing or un"), ({"teacher": "shallow"}, "missing or un"),
+    ({"teacher": "no_tokenizer"}, "no_tokenizer"), ({"teacher": "headless"}, "missing"), ({"teacher": "shallow"}, "unexpected"),
     ({"data": "no-such/data-set"}, "--data"), ({"data": "no/such/*.txt"}, "--data"), ({"data": "short.txt"}, "training row"),
-    ({"seq_len": 65}, "up to 64"), ({"batch_size": 3, "accumulate": 2}, "multiples of 1"), ({"out": "taken"}, "taken holds a run"),
+    ({"seq_len": 65}, "up to 64"), ({"batch_size": 3, "accumulate": 2}, "multiples"), ({"out": "taken"}, "taken holds a run"),
     ({"out": "short.txt"}, "short.txt"), ({"out": "missing", "resume": True}, "missing"), ({"out": "cut", "resume": True}, "cut"),
-    ({"out": "other", "resume": True}, "other"), ({"init": "last"}, "--init"), ({"init": 6}, "layer 6"), ({"init": -1}, "layer -1"),
+    ({"out": "other", "resume": True}, "other"), ({"init": "last"}, "--init"), ({"init": 6}, "layer 6"), ({"init": -1}, "layer"),
     ({"lr": "nan"}, "--lr"), ({"max_steps": 0}, "--max-steps"), ({"k": 0}, "--k"), ({"alpha": "inf"}, "--alpha"),
-    ({"logit_weight": -1}, "--logit-weight"), ({"seed": -1}, "--seed"), ({"device": "nonsense"}, "--device cpu")])  # fmt: skip
+    ({"logit_weight": -1}, "--logit-weight"), ({"seed": -1}, "--seed"), ({"device": "nonsense"}, "--device cpu")])
 def test_mistake_in_training_ends_in_one_sentence(run, tmp_path, monkeypatch, teacher_folder, options, word):
     monkeypatch.chdir(tmp_path)
     [(tmp_path / folder).mkdir() for folder in ("taken", "cut", "other")]
-    Path("taken/log.jsonl").write_text(""), Path("short.txt").write_text("too short"), Path("other/checkpoint.pt").write_text("text")
+    Path("taken/log.jsonl").write_text(""), Path("short.txt").write_text("short"), Path("other/checkpoint.pt").write_text("text")
     torch.save({"options": {}, "weights": torch.zeros(999)}, "cut/checkpoint.pt"), os.truncate("cut/checkpoint.pt", 999)
     [shutil.copytree(teacher_folder, folder) for folder in ("no_tokenizer", "headless", "shallow")]
     [path.unlink() for path in Path("no_tokenizer").glob("tokenizer*")]
@@ -946,7 +932,7 @@ def test_mistake_in_evaluation_ends_in_one_sentence(run, tmp_path, monkeypatch):
     lost = ("model.gpt_neox.layers.1.velocity.norm1.weight", "model.gpt_neox.layers.0.mlp.dense_h_to_4h.weight")
     edits = [(name, lambda name=name: edit_weights(out, lambda weights: weights.pop(name))) for name in lost]
     edits += [("more is", lambda: edit_weights(out, lambda weights: weights.update(more=torch.zeros(1))))]
-    edits += [("--resume", (out / "model.safetensors").unlink), ("--resume", lambda: os.truncate(out / "model.safetensors", 9999))]
+    edits += [("--resume", (out / "model.safetensors").unlink), ("--resume", lambda: os.truncate(out / "model.safetensors", 99))]
     edits += [("unexpected", lambda: monkeypatch.setattr(lft.LFTForCausalLM, "velocity_class", TwoAttentions))]
     for word, edit in edits:
         edit(), run(eval_kl, out, refused=word), (out / "model.safetensors").write_bytes(weights)
