@@ -180,9 +180,12 @@ DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu
 def pick_device(name):
     """The device of this name; each process of torchrun gets its own GPU. Raises InputError if it is not there."""
     try:
-        return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+        device = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
     except (AssertionError, RuntimeError) as error:
         raise InputError(f"--device {name} is not available: use --device cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL gathers objects through the current device
+    return device
 
 
 def fingerprint(model):
