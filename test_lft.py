@@ -13,9 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test wait
 
 import pytest, torch, transformers, zstandard
 from safetensors.torch import load, load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import data, eval_kl, lft, train_fm, train_fw
+from studies import crossing, drafting, results, spans, speed, stored
 
 HERE = Path(__file__).parent
 GQA = {"num_key_value_heads": 2}
@@ -939,4 +941,111 @@ def test_mistake_in_evaluation_ends_in_one_sentence(run, tmp_path, monkeypatch):
     for word, edit in edits:
         edit(), run(eval_kl, out, refused=word), (out / "model.safetensors").write_bytes(weights)
 
-# ---- studies
+# ---- The studies
+def call(module, *options):
+    sys.argv = [module.__name__, *map(str, options)]
+    module.main()
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with a random teacher, a text, and a run of flow matching with its table."""
+    folder = tmp_path_factory.mktemp("study")
+    config = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**config, max_position_embeddings=128, eos_token_id=0)).save_pretrained(folder / "teacher")
+    AutoTokenizer.from_pretrained(Path(lft.__file__).parent / "tiny_teacher").save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text("\n".join(f"line {i} of a text of {i * i} tokens" for i in range(3000)))
+    text, run = ["--teacher", folder / "teacher", "--data", folder / "text.txt", "--device", "cpu"], folder / "run"
+    options = [*text, "--seq-len", 32, "--max-steps", 3, "--start", 1, "--end", 4, "--lr", 0.001]
+    call(train_fm, *options, "--out", run)
+    call(eval_kl, run, "--tokens", 128, "--device", "cpu", "--json", run / "table.json")
+    return SimpleNamespace(folder=folder, run=run, text=text, options=options, teacher=lft.load_teacher(str(folder / "teacher"))[0])
+
+def like(run, target, kl, made={}, **training):
+    """A copy of the run with other options, its table's KLs raised by `kl`."""
+    shutil.copytree(run, target)
+    config, table = (json.loads((run / name).read_text()) for name in ("config.json", "table.json"))
+    (target / "config.json").write_text(json.dumps(config | {"training": config["training"] | training}))
+    rows = [row | {"kl": row["kl"] + kl} for row in table["rows"]]
+    (target / "table.json").write_text(json.dumps(table | {"rows": rows} | made))
+    return target
+
+def test_recoupling_ratio_is_that_of_the_best_of_all_pairings():
+    pairings = torch.tensor([*itertools.permutations(range(6))])
+    for seed, copies in itertools.product(range(6), ([0, 1, 2, 3, 4, 5], [0, 0, 2, 3, 4, 4], [0, 0, 0, 0, 4, 5])):
+        x0, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x0, x1 = (x0[copies], x0 + 1.5 * noise)[:: 1 if seed % 2 else -1]  # equal states before the span, or after it
+        cost = (x0 - x1[pairings]).square().sum(dim=(1, 2))
+        own = (pairings == torch.arange(6)).sum(dim=1)[cost < cost.min() + 1e-9].max().item()
+        assert spans.recoupling_ratio(x0, x1) == pytest.approx(1 - own / 6)
+
+def test_spans_are_measured_between_the_librarys_states(study, capsys):
+    ids = torch.randint(20, (2, 16))
+    states = list(study.teacher(ids, output_hidden_states=True).hidden_states)
+    _, _, context = lft.hidden_pair(study.teacher.gpt_neox, ids, 5)
+    states[6] = study.teacher.gpt_neox.layers[5](states[5], **context)  # the library's own last state comes after the norm
+    found = spans.ratios(study.teacher, ids)
+    for start, end in itertools.combinations(range(7), 2):
+        pairs = [*zip(states[start], states[end])]
+        far = [(x1 - x0).norm(dim=1) ** 2 for x0, x1 in pairs]
+        share = [(f / x1.norm(dim=1) ** 2).sort().values[7] for f, (_, x1) in zip(far, pairs)]  # torch's median of 16
+        expected = sum(spans.recoupling_ratio(*pair) for pair in pairs), sum(share), sum(f.max() / f.sum() for f in far)
+        torch.testing.assert_close(2 * found[:, start, end], torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert found[0].isfinite().equal(torch.ones(6, 7).triu(1).bool())
+    call(spans, *study.text, "--length", 3, "--rows", 2, "--picture", study.folder / "map.png", "--compare", study.run)
+    assert capsys.readouterr().out.count("1..3") == 2 and (study.folder / "map.png").exists()
+
+def test_stored_states_train_the_same_run(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fm, "trunk_of", lft.trunk_of)  # put back at the end of the test
+    monkeypatch.setattr(train_fm, "hidden_pair", lft.hidden_pair)
+    log = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    call(train_fw, *study.options, "--out", tmp_path / "plain")
+    for name, computed in ("computed", 3), ("read", 1):  # the first step of a run computes the context
+        calls = []
+        monkeypatch.setattr(stored, "hidden_pair", lambda *args: calls.append(args) or lft.hidden_pair(*args))
+        call(stored, tmp_path / "states", "train_fw.py", *study.options, "--out", tmp_path / name)
+        assert len(calls) == computed
+        for line, other in zip(log(name), log("plain"), strict=True):
+            assert all(line[key] == pytest.approx(other[key], rel=1e-3) for key in ("loss", "gradient_norm", "held_out_nmse"))
+    states, teachers = stored.Stored(tmp_path), (study.teacher, lft.replace_span(study.teacher, 4, 5))
+    assert len({states.trunk_of(teacher, 3) and states.path(1, torch.arange(4)) for teacher in teachers}) == 2  # not mixed up
+
+@pytest.mark.parametrize("name", speed.METHODS)
+def test_floor_of_speed_is_what_training_multiplies(name):
+    args, cpu = SimpleNamespace(width=128, end=4, batch_size=3, seq_len=64, compile=False), torch.device("cpu")
+    loss_of, evaluations = speed.METHODS[name]
+    trunk, u, _ = speed.start_training(args, cpu)
+    trunk.config._attn_implementation = u.attention.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counted:
+        speed.step(trunk, u, [], loss_of, torch.randint(50304, (3, 64)))
+    floor = sum(2 * a.numel() * b.shape[-1] for a, b in speed.matrix_products(args, trunk.layers[0], evaluations, cpu))
+    assert 1 < counted.get_total_flops() / floor < 1.03  # the rest is the time embedding
+
+def test_results_are_means_over_seeds_and_refuse_what_cannot_be_compared(study, tmp_path, capsys):
+    run, kl = study.run, {row["name"]: row["kl"] for row in json.loads((study.run / "table.json").read_text())["rows"]}
+    runs = [run, like(run, tmp_path / "b", 0.3, seed=1, out="b"), like(run, tmp_path / "c", 0.7, lr=0.1)]
+    call(results, *runs, "--pictures", tmp_path / "p")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["bars.png", "time.png", "tokens.png"]
+    rows = {line.split(" | ")[1]: line.split(" | ")[2:5] for line in capsys.readouterr().out.splitlines()[2:]}
+    base, words = kl["LFT midpoint x1"], "flow matching, 0.000768 M tokens, lr {}; midpoint ×1"
+    assert rows[words.format(0.001)] == ["2", f"{base + 0.15:.4f} ± {0.3 / 2**0.5:.4f}", "2"]
+    assert rows[words.format(0.1)] == ["2", f"{base + 0.7:.4f}", "1"] and len(rows) == 2 * 4 + sum("LFT" not in name for name in kl) - 1
+    of_another = "fingerprint", "data", "tokens", "seq_len", "flow"
+    wrong = {name: like(run, tmp_path / name, 0.0, {name: "another"}, seed=2) for name in of_another}
+    wrong |= {"missing": like(run, tmp_path / "none", 0.0, seed=2), "same options and seed": like(run, tmp_path / "twin", 0.0)}
+    (tmp_path / "none/table.json").unlink()
+    for message, other in wrong.items():
+        with pytest.raises(lft.InputError, match=message):
+            call(results, run, other, "--pictures", tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+def test_drafting_leaves_the_teachers_text(study, capsys):
+    call(drafting, study.run, "--skip", 1, "--prompts", 2, "--tokens", 12)
+    assert capsys.readouterr().out.count("2 of 2 texts") == 2
+    prompts = torch.randint(2048, (2, 8)).split(1)
+    assert drafting.write(study.teacher, prompts, 12, lft.share(study.teacher))[1] == 6  # as its own drafter: five and one more
+
+def test_crossing_paths_need_flow_walking():
+    x0 = crossing.starts(50)
+    velocities = (crossing.trained(loss_of, steps=300) for loss_of in (train_fm.flow_matching_loss, train_fw.flow_walking_loss))
+    matching, walking = ((crossing.walk(u, x0, 3, 6)[-1] + x0[:, 0]).norm(dim=-1).mean() for u in velocities)
+    assert x0.shape == (100, 1, 2) and walking < 0.3 and matching > 2 * walking
