@@ -172,6 +172,17 @@ def save_checkpoint(folder, **state):
     os.replace(part, Path(folder) / "checkpoint.pt")
 
 
+@torch.no_grad()
+def check_saving(folder, student, ids):
+    """Save the student before it is trained; raises InputError unless it gives the same logits for ids after loading."""
+    with tempfile.TemporaryDirectory(dir=folder) as trial:
+        student.save_pretrained(trial, save_original_format=False)
+        again = LFTForCausalLM.from_pretrained(trial, dtype=torch.float32).eval()
+    expected = student(ids.to(student.device)).logits.cpu()
+    if not (again(ids).logits - expected).norm() <= 1e-2 * expected.norm():
+        raise InputError("a student of this kind of teacher gives other logits after loading: use another teacher")
+
+
 # ---- 5. The loop
 def check_finite(out, step, **figures):
     """Stop on a NaN or infinite value, before it is used or saved."""
@@ -215,15 +226,9 @@ def train(args, loss_of, solver, k):
         for part, state in zip((velocity, *optimizers), checkpoint["trained"]):
             part.load_state_dict(state)
     if rank == 0:
-        with tempfile.TemporaryDirectory(dir=args.out) as trial:  # fail before training if the student cannot be saved
-            student.save_pretrained(trial, save_original_format=False)
-            again = LFTForCausalLM.from_pretrained(trial, dtype=torch.float32).eval()
-        expected = student(validation[:1].to(device)).logits.cpu()
-        if not (again(validation[:1]).logits - expected).norm() <= 1e-2 * expected.norm():
-            raise InputError(f"a {teacher.config.model_type} student gives other logits after reloading: use another teacher")
+        check_saving(args.out, student, validation[:1])
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
     stopping = []  # Ctrl-C, or SIGTERM from a cluster, lets the step finish and saves; a second one ends at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stopping.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -257,7 +262,6 @@ def train(args, loss_of, solver, k):
         saving = step % args.save_every == 0 or step == args.max_steps or stop
         if step % 10 and not saving:
             continue
-
         speed = len(losses) * tokens / (time.perf_counter() - clock)
         line = {"step": step, "tokens": step * tokens, "loss": sum(losses) / len(losses), "gradient_norm": norm,
                 "lr": learning_rate(step, args), "tokens_per_second": round(speed)}  # fmt: skip
