@@ -399,7 +399,8 @@ def test_text_is_read_by_document_and_split(tmp_path, monkeypatch, files, place,
     ("mixed.rst", b"an unknown suffix beside plain text")], ids=lambda part: str(part)[:30])
 def test_corrupt_unknown_or_mixed_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content), (tmp_path / "text.txt").write_text(A + B)
-    place, word = tmp_path if "mixed" in name else tmp_path / name, "one kind" if re.search("mixed|rst|ndjson", name) else "--data"
+    place = tmp_path if "mixed" in name else tmp_path / name
+    word = "one kind" if re.search("mixed|rst|ndjson", name) else "--data"
     with pytest.raises(lft.InputError, match="--data") as caught:
         data.token_rows(str(place), Letters(), 80)
     assert word in f"{caught.value} {caught.value.__cause__}"
