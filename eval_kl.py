@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import held_out_rows, split_half, training_rows
-from lft import SOLVERS, FlowLayer, InputError, LFTForCausalLM, backbone, hidden_pair, load_teacher, replace_span, run_script
-from lft import share, trunk_of
+from data import held_out_rows, training_rows
+from lft import SOLVERS, FlowLayer, InputError, LFTForCausalLM, hidden_pair, load, load_teacher, replace_span, run_script, share
+from lft import trunk_of
 
 
 # ---- 1. Measures
@@ -43,43 +42,43 @@ def token_errors(error, x1, power=TOKEN_POWER):
     return error.square().mean(dim=-1) / length**power
 
 
+def log_probabilities(model, ids):
+    """Log-probabilities of each next token (batch, seq, vocabulary), and the seconds that the forward pass took."""
+    begin = time.perf_counter()
+    logits = model(ids, use_cache=False).logits
+    logits[0, 0, 0].item()  # waits for the device
+    seconds = time.perf_counter() - begin
+    return logits.log_softmax(dim=-1), seconds
+
+
 @torch.no_grad()
 def evaluate(teacher, models, rows, start, end, title=None):
-    """Score {name: model} on rows of ids (rows, seq): {name: {"kl", "nll", "top1", "nmse": (rows,)}}, means over tokens.
+    """Score {name: model} on rows of ids (rows, seq): {name: {"kl", "nll", "top1", "nmse", "time": (rows,)}}, means over tokens.
 
     kl and nll in nats. nmse: of the state entering layer `end`, nan unless a flow or linear map stands in place of start..end-1.
+    time: of the forward pass, relative to the teacher's; the models take turns.
     """
     trunk, scores = trunk_of(teacher, end), {name: [] for name in models}
     for ids in tqdm(rows.to(teacher.device).split(max(1, 1024 // rows.shape[1])), desc=title, disable=not title, leave=False):
-        log_p = teacher(ids, use_cache=False).logits.log_softmax(dim=-1)
+        log_p, teacher_seconds = log_probabilities(teacher, ids)
         x0, x1, context = hidden_pair(trunk, ids, start)
         for name, model in models.items():
-            log_q = model(ids, use_cache=False).logits.log_softmax(dim=-1)
+            log_q, seconds = log_probabilities(model, ids)
             nll = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
             top1 = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
-            layers, nmse = [*backbone(model).layers, None], torch.full_like(top1, torch.nan)  # start may be past the last layer
-            if isinstance(layers[start], (FlowLayer, LinearLayer)):
-                nmse = token_errors(layers[start](x0, **context) - x1, x1, power=2)
-            measures = (kl_divergence(log_p, log_q), nll, top1, nmse)
+            nmse, relative = torch.full_like(top1, torch.nan), torch.full_like(top1, seconds / teacher_seconds)
+            layer = [*model.get_decoder().layers, None][start]  # start may be past the last layer
+            if isinstance(layer, (FlowLayer, LinearLayer)):
+                nmse = token_errors(layer(x0, **context) - x1, x1, power=2)
+            measures = (kl_divergence(log_p, log_q), nll, top1, nmse, relative)
             scores[name].append(torch.stack([values.mean(dim=1).cpu() for values in measures]))
-    return {name: dict(zip(("kl", "nll", "top1", "nmse"), torch.cat(parts, dim=1))) for name, parts in scores.items()}
+    return {name: dict(zip(("kl", "nll", "top1", "nmse", "time"), torch.cat(parts, dim=1))) for name, parts in scores.items()}
 
 
 def standard_error(values, documents):
     """Standard error of the mean of values (rows,) over documents, whose rows depend on each other; None for one document."""
     sums = torch.stack([(values - values.mean())[documents == document].sum() for document in documents.unique()])
     return (sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt().item() / len(values) if len(sums) > 1 else None
-
-
-@torch.no_grad()
-def forward_times(models, ids, rounds=5):
-    """Forward-pass time of each model relative to the first: the median over rounds in which they take turns."""
-    times = torch.zeros(1 + rounds, len(models), dtype=torch.float64)
-    for row, (column, model) in itertools.product(times, enumerate(models)):
-        begin = time.perf_counter()
-        model(ids, use_cache=False, logits_to_keep=1).logits.cpu()  # the copy waits for the device
-        row[column] = time.perf_counter() - begin
-    return (times / times[:, :1])[1:].median(dim=0).values.tolist()  # the first round warms up
 
 
 # ---- 2. The models of the table
@@ -141,14 +140,13 @@ def table(teacher, student, rows, documents, fit_rows=None):
     found = {name: ("-" if name == "teacher" else span, model, scores[name]) for name, model in models.items()}
     if fit_rows is not None:
         found |= skips(teacher, rows, fit_rows, start, end, token_power)
-    times = forward_times([model for _, model, _ in found.values()], rows[:1].to(teacher.device))
     return [
         {"name": name, "layers_replaced": layers, "evaluations": len(calls.get(name, [])), "tokens": rows.numel(),
          "kl": score["kl"].mean().item(), "kl_stderr": standard_error(score["kl"], documents),
          "nmse": score["nmse"].mean().item() if score["nmse"].isfinite().all() else None,
          "perplexity": score["nll"].mean().exp().item(), "top1_agreement": score["top1"].mean().item(),
-         "parameters": model.num_parameters(), "prefill_time": relative}
-        for (name, (layers, model, score)), relative in zip(found.items(), times)
+         "parameters": model.num_parameters(), "prefill_time": score["time"].median().item()}
+        for name, (layers, model, score) in found.items()
     ]  # fmt: skip
 
 
@@ -174,46 +172,35 @@ def print_table(rows, config):
 
 
 # ---- 4. Loading
-DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-
-def pick_device(name):
-    """The device of this name; each process of torchrun gets its own GPU. Raises InputError if it is not there."""
-    try:
-        device = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
-    except (AssertionError, RuntimeError) as error:
-        raise InputError(f"--device {name} is not available: use --device cpu") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL gathers objects through the current device
-    return device
+DEVICES = [str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "cpu"]  # cuda or mps first
 
 
 def fingerprint(model):
-    """A hash of a module's weights, and of its configuration if it has one."""
-    config = getattr(model.config, "to_diff_dict", dict)()
-    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "dtype", "transformers_version")}
+    """A hash of a model's configuration and weights."""
+    config = model.config.to_diff_dict() | dict.fromkeys(("_name_or_path", "dtype", "transformers_version"))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for weight in model.parameters():
-        digest.update(weight.detach().float().cpu().contiguous().numpy())
+        digest.update(weight.detach().cpu().numpy())
     return digest.hexdigest()
 
 
-def origins(teacher, held_out):
-    """What a run is made from, as hashes: the teacher, and the ids of all held-out text, so also the tokenizer."""
-    return {"teacher_sha256": fingerprint(teacher), "held_out_sha256": hashlib.sha256(held_out.numpy()).hexdigest()}
+def origins(teacher, validation):
+    """What a run is made from, as hashes: the teacher, and the ids of validation text, so also text and tokenizer."""
+    return {"teacher_sha256": fingerprint(teacher), "validation_sha256": hashlib.sha256(validation.numpy()).hexdigest()}
 
 
 def load_student(run, device="cpu"):
     """The student in a run's folder, in float32. Raises InputError if it cannot be loaded."""
     try:
-        options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-        student, report = LFTForCausalLM.from_pretrained(run, **options)
+        student = load(LFTForCausalLM, Path(run).resolve(strict=True))
         student.config.training["data"]
     except Exception as error:  # transformers and safetensors raise many kinds
         raise InputError(f"{run} does not hold a trained student: train it, or finish it with --resume") from error
-    if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:  # transformers would make up missing weights
-        raise InputError(f"the weights in {run} do not fit this code's velocity: {min(wrong)} is missing or unexpected")
     return student.to(device)
+
+
+VALIDATION_TOKENS = 16_384
+FIT_TOKENS = 131_072
 
 
 def main():
@@ -221,31 +208,30 @@ def main():
     add = parser.add_argument
     add("run", help="folder that train_fm.py or train_fw.py wrote")
     add("--teacher", help="where the teacher is now (default: where it was in training)")
-    add("--data", help="text whose held-out part is scored (default: the training text)")
+    add("--data", nargs="+", help="texts whose held-out parts are scored (default: the training text)")
     add("--tokens", type=int, default=32_768, help="test tokens to score")
     add("--no-baselines", action="store_true", help="leave out the linear maps and the skips, identical for all runs on one span")
     add("--json", help="also write the rows to this file")
-    add("--device", default=DEVICE, help="cpu, cuda or mps")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
-    student = load_student(args.run, pick_device(args.device))
+    student = load_student(args.run, args.device)
     config, training = student.config, student.config.training
     teacher, tokenizer = load_teacher(args.teacher or config.teacher, student.device)
-    text = {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
-    held_out = held_out_rows(training["data"], **text)
-    for name, value in origins(teacher, held_out[0]).items():
+    data, text = args.data or training["data"], {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
+    validation, _ = held_out_rows(training["data"], tokens=VALIDATION_TOKENS, **text)
+    for name, value in origins(teacher, validation).items():
         if training[name] != value:
             raise InputError(f"{args.run} was trained with another {name}: its teacher, tokenizer or text has changed since")
     if args.json:
         open(args.json, "a").close()  # fail before scoring if it cannot be written
-    data = args.data or training["data"]
-    rows, documents = split_half(*(held_out_rows(data, **text) if args.data else held_out), args.tokens, test=True)
+    rows, documents = held_out_rows(data, tokens=args.tokens, test=True, **text)
     fit_rows = None
     if not args.no_baselines:  # the linear maps learn from the student's own training text
-        fit_rows = itertools.islice(training_rows(training["data"], **text), 131_072 // training["seq_len"])
+        fit_rows = itertools.islice(training_rows(training["data"], **text), FIT_TOKENS // training["seq_len"])
         fit_rows = torch.tensor([row["ids"] for row in fit_rows])
     result = table(teacher, student, rows, documents, fit_rows)
     print(f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}")
-    print(f"{rows.numel():,} test tokens of {data}, from {len(documents.unique())} documents")
+    print(f"{rows.numel():,} test tokens of {' and '.join(data)}, from {len(documents.unique())} documents")
     print_table(result, config)
     if args.json:
         made = {"teacher": config.teacher, "fingerprint": training["teacher_sha256"], "flow": fingerprint(student.flow)}

@@ -128,13 +128,8 @@ class FlowLayer(GradientCheckpointingLayer):
         return self.walk(lambda x, t: self.velocity(x, t, **context), x)
 
 
-def backbone(model):
-    """The decoder of a causal LM: embedding, `layers`, final norm."""
-    return model.get_decoder()
-
-
 def check_span(model, start, end):
-    n = len(backbone(model).layers)
+    n = len(model.get_decoder().layers)
     if not 0 <= start < end <= n:
         raise InputError(f"{start} -> {end} is not a span of {n} layers: give 0 <= start < end <= {n} (6 -> 18 is layers 6..17)")
 
@@ -151,11 +146,11 @@ def replace_span(teacher, start, end, layer=None):
     """
     check_span(teacher, start, end)
     model = share(teacher)
-    config, layers = model.config, backbone(model).layers
-    layers = nn.ModuleList([*layers[:start], *([] if layer is None else [layer]), *layers[end:]])
-    backbone(model).layers, config.num_hidden_layers = layers, len(layers)
+    config, decoder, new = model.config, model.get_decoder(), [] if layer is None else [layer]
+    layers = decoder.layers = nn.ModuleList([*decoder.layers[:start], *new, *decoder.layers[end:]])
+    config.num_hidden_layers = len(layers)
     if types := getattr(config, "layer_types", None):
-        config.layer_types = [*types[:start], *([] if layer is None else types[start : start + 1]), *types[end:]]
+        config.layer_types = [*types[:start], *types[start : start + len(new)], *types[end:]]
     for slot, each in enumerate(layers):
         for module in each.modules():
             if hasattr(module, "layer_idx"):  # an attention, which keeps keys and values in this slot of the KV cache
@@ -166,8 +161,8 @@ def replace_span(teacher, start, end, layer=None):
 # ---- 4. The training pair
 def trunk_of(teacher, end):
     """The teacher's decoder up to layer `end`, without the final norm: it returns x1."""
-    n = len(backbone(teacher).layers)
-    trunk = backbone(replace_span(teacher, end, n) if end < n else share(teacher))
+    n = len(teacher.get_decoder().layers)
+    trunk = (replace_span(teacher, end, n) if end < n else share(teacher)).get_decoder()
     setattr(trunk, "final_layer_norm" if hasattr(trunk, "final_layer_norm") else "norm", nn.Identity())
     return trunk
 
@@ -187,26 +182,30 @@ def hidden_pair(trunk, ids, start):
 
 
 # ---- 5. The teacher
+def load(kind, path):
+    """`kind.from_pretrained` in float32. Raises InputError if weights are missing, which transformers would make up."""
+    model, report = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:
+        raise InputError(f"its weights do not fit its configuration and code: {min(wrong)} is missing or unexpected")
+    return model.requires_grad_(False).eval()
+
+
 def load_teacher(name, device="cpu"):
     """A frozen causal LM in float32, and its tokenizer. name: tiny_teacher, a folder, or a model on the hub.
 
     Raises InputError if they cannot be loaded, or if weights, configuration and tokenizer do not belong together.
     """
     path = Path(__file__).parent / name if name == "tiny_teacher" else name
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        teacher, report = AutoModelForCausalLM.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        teacher, tokenizer = load(AutoModelForCausalLM, path), AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and the packages that it calls raise many kinds
-        raise InputError(f"cannot load the teacher {name}: give a folder, a model on the hub, or tiny_teacher") from error
-    if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:  # transformers would make up missing weights
-        raise InputError(f"the weights of teacher {name} do not fit its config.json: {min(wrong)} is missing or unexpected")
+        raise InputError(f"cannot load the teacher {name}: use a folder, a model on the hub, or tiny_teacher") from error
     if not all(weight.is_floating_point() for weight in teacher.state_dict().values()):
         raise InputError(f"the weights of teacher {name} are quantized to integers: use the unquantized model")
     if not tokenizer("text")["input_ids"] or tokenizer.eos_token_id is None or len(tokenizer) > teacher.config.vocab_size:
         raise InputError(f"the teacher {name} has no tokenizer that fits it: put the tokenizer's files into its folder")
     vars(teacher.config).pop("quantization_config", None)  # of weights that were dequantized on loading
-    return teacher.requires_grad_(False).eval().to(device), tokenizer
+    return teacher.to(device), tokenizer
 
 
 @torch.no_grad()
@@ -215,7 +214,7 @@ def check_layers(teacher, layers):
     ids, shapes = torch.arange(8, device=teacher.device)[None], []
     for number in layers:
         try:
-            layer = backbone(teacher).layers[number]
+            layer = teacher.get_decoder().layers[number]
             shapes.append([weight.shape for weight in layer.parameters()])
             x0, x1, context = hidden_pair(trunk_of(teacher, number + 1), ids, number)
             error = (x0 + VelocityBlock(layer).to(x0)(x0, 0.0, **context) - x1).norm() / (x1 - x0).norm()
@@ -256,7 +255,7 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config = copy.deepcopy(teacher.generation_config)
         teacher = teacher or AutoModelForCausalLM.from_config(config.text_config)
         check_span(teacher, config.start, config.end)
-        velocity = self.velocity_class(backbone(teacher).layers[config.start])
+        velocity = self.velocity_class(teacher.get_decoder().layers[config.start])
         self.model = replace_span(teacher, config.start, config.end, FlowLayer(velocity, config.solver, config.k))
         self.config.text_config = self.model.config
         self.post_init()
@@ -269,20 +268,15 @@ class LFTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def flow(self):
-        return backbone(self).layers[self.config.start]
+        return self.get_decoder().layers[self.config.start]
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, logits_to_keep=0, **kwargs):
         """As any causal LM of transformers; `generate` looks for these names."""
+        if kwargs.get("output_hidden_states"):  # transformers records only the teacher's kind of layer
+            raise InputError("output_hidden_states would leave out the flow's input: use forward hooks instead")
         self.flow.solver, self.flow.k = self.config.solver, self.config.k
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        states, layers = [], backbone(self).layers if kwargs.get("output_hidden_states") else []
-        hooks = [layer.register_forward_pre_hook(lambda _, x: states.append(x[0])) for layer in layers]
-        output = self.model(input_ids, logits_to_keep=logits_to_keep, **kwargs)
-        for hook in hooks:
-            hook.remove()
-        if hooks:  # transformers records only the teacher's kind of layer, so not the flow
-            output.hidden_states = (*states, output.hidden_states[-1])
-        return output
+        return self.model(input_ids, logits_to_keep=logits_to_keep, **kwargs)
 
 
 LFTConfig.register_for_auto_class()

@@ -13,7 +13,7 @@ import torch
 
 from eval_kl import TOKEN_POWER, kl_divergence, token_errors
 from lft import SOLVERS, integrate, run_script
-from train_fm import at_least, flow_matching_loss, make_parser, train
+from train_fm import flow_matching_loss, make_parser, train
 
 
 def flow_walking_loss(
@@ -39,11 +39,11 @@ def flow_walking_loss(
 def main():
     parser = make_parser(__doc__, "fw", start=6, end=18, init="middle")
     add = parser.add_argument
-    add("--k", type=at_least(1), default=3, help="steps of the walk")
+    add("--k", type=int, default=3, help="steps of the walk")
     add("--solver", choices=SOLVERS, default="midpoint", help="solver of each step")
-    add("--alpha", type=at_least(0.0), default=0.0, help="weight of the flow-matching loss in the hybrid (Eq. 9)")
-    add("--logit-weight", type=at_least(0.0), default=0.0, help="weight of the logits' KL; runs the layers after the span too")
-    add("--token-power", type=at_least(0.0), default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
+    add("--alpha", type=float, default=0.0, help="weight of the flow-matching loss in the hybrid (Eq. 9)")
+    add("--logit-weight", type=float, default=0.0, help="weight of the logits' KL; runs the layers after the span too")
+    add("--token-power", type=float, default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
     args = parser.parse_args()
     own = {name: getattr(args, name) for name in ("k", "solver", "alpha", "logit_weight", "token_power")}
     train(args, functools.partial(flow_walking_loss, **own), args.solver, args.k)

@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from data import held_out_rows, split_half
+from data import held_out_rows
 from eval_kl import load_student
 from lft import load_teacher, replace_span, run_script
-from train_fm import at_least
 
 
 def write(teacher, prompts, tokens, drafter=None):
@@ -36,14 +35,14 @@ def write(teacher, prompts, tokens, drafter=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", help="folder of a trained student")
-    parser.add_argument("--skip", type=at_least(1), default=3, help="layers that the rival skips")
-    parser.add_argument("--prompts", type=at_least(1), default=8, help="prompts of up to 64 tokens")
-    parser.add_argument("--tokens", type=at_least(1), default=60, help="tokens to write after each")
+    parser.add_argument("--skip", type=int, default=3, help="layers that the rival skips")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of up to 64 tokens")
+    parser.add_argument("--tokens", type=int, default=60, help="tokens to write after each")
     args = parser.parse_args()
     student = load_student(args.run)
     start, data, seq_len = student.config.start, student.config.training["data"], student.config.training["seq_len"]
     teacher, tokenizer = load_teacher(student.config.teacher)
-    rows, _ = split_half(*held_out_rows(data, tokenizer, seq_len), args.prompts * seq_len, test=True)
+    rows, _ = held_out_rows(data, tokenizer, seq_len, args.prompts * seq_len, test=True)
     prompts = rows[:, :64].split(1)
     alone, _, seconds = write(teacher, prompts, args.tokens)
     own, _, _ = write(student, prompts[:1], args.tokens)

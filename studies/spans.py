@@ -17,10 +17,9 @@ import torch
 from tqdm import tqdm
 
 from data import training_rows
-from eval_kl import DEVICE, fingerprint, load_student, pick_device
-from lft import InputError, backbone, load_teacher, run_script, trunk_of
+from eval_kl import DEVICES, fingerprint, load_student
+from lft import InputError, load_teacher, run_script, trunk_of
 from studies.results import optimize, pyplot, read_curve, stats
-from train_fm import at_least
 
 
 def recoupling_ratio(x0, x1):
@@ -44,7 +43,7 @@ def ratios(teacher, rows):
     rows: ids (rows, seq); tokens are paired within a row, and the measures averaged over rows. moved: |x1 - x0|² / |x1|² of the
     median token. largest: the share of one token in the row's sum of |x1 - x0|², near 1 where massive activations appear.
     """
-    n = len(backbone(teacher).layers)
+    n = len(teacher.get_decoder().layers)
     trunk, found = trunk_of(teacher, n), torch.full((3, n, n + 1), torch.nan).tril()  # 0 where start < end
     for ids in tqdm(rows.to(teacher.device).split(1), desc="pairing", unit="row", leave=False):
         states = trunk(ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -78,15 +77,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--teacher", default="tiny_teacher", help="a folder or a model on the hub")
-    add("--data", default="stdlib", help="text, as for train_fm.py; its training part is read")
-    add("--length", type=at_least(1), default=6, help="layers of the spans to list")
-    add("--rows", type=at_least(1), default=32, help="rows of 256 tokens, which are paired with each other")
+    add("--data", nargs="+", default=["stdlib"], help="texts, as for train_fm.py; their training part is read")
+    add("--length", type=int, default=6, help="layers of the spans to list")
+    add("--rows", type=int, default=32, help="rows of 256 tokens, which are paired with each other")
     add("--picture", help="PNG file for a heat map of all spans")
     add("--compare", metavar="RUN", nargs="+", default=[], help="runs of train_fm.py whose KL is printed beside R")
-    add("--device", default=DEVICE, help="cpu, cuda or mps")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
-    teacher, tokenizer = load_teacher(args.teacher, pick_device(args.device))
-    n = len(backbone(teacher).layers)
+    teacher, tokenizer = load_teacher(args.teacher, args.device)
+    n = len(teacher.get_decoder().layers)
     rows = itertools.islice(training_rows(args.data, tokenizer, min(256, teacher.config.max_position_embeddings)), args.rows)
     found = ratios(teacher, torch.tensor([row["ids"] for row in rows]))
     spans = [(*found[:, start, start + args.length].tolist(), start) for start in range(n - args.length + 1)]

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from eval_kl import DEVICE, forward_times, load_student, pick_device
-from lft import VelocityBlock, backbone, hidden_pair, load_teacher, run_script, trunk_of
-from train_fm import at_least, autocast, flow_matching_loss, make_optimizers
+from eval_kl import DEVICES, evaluate, load_student
+from lft import VelocityBlock, hidden_pair, load_teacher, run_script, trunk_of
+from train_fm import autocast, flow_matching_loss, make_optimizers
 from train_fw import flow_walking_loss
 
 METHODS = {"flow matching": (flow_matching_loss, 1), "Flow Walking": (flow_walking_loss, 6)}  # and velocity evaluations in a step
@@ -35,7 +35,7 @@ def start_training(args, device):
     teacher = GPTNeoXForCausalLM._from_config(config).requires_grad_(False).eval().to(device)
     if args.compile and device.type == "cpu":
         teacher.set_attn_implementation("eager")
-    u, trunk = VelocityBlock(backbone(teacher).layers[0]).to(device), trunk_of(teacher, args.end)
+    u, trunk = VelocityBlock(teacher.get_decoder().layers[0]).to(device), trunk_of(teacher, args.end)
     for module in (u, *trunk.layers) if args.compile else ():
         module.forward = torch.compile(module.forward)
     return trunk, u, make_optimizers(u)
@@ -96,22 +96,24 @@ def measure_student(run, device, rounds, tokens=32):
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     times = [[seconds(model.generate, ids[:, :tokens], **options) for model in models] for _ in range(1 + rounds)]
     decoding = statistics.median(student / teacher for teacher, student in times[1:])  # the first round warms up
-    print(f"time over the teacher's: forward pass {forward_times(models, ids, rounds)[1]:.2f}, cached decoding {decoding:.2f}")
+    rows, config = torch.randint(models[0].config.vocab_size, (1024 * rounds // ids.shape[1], ids.shape[1])), student.config
+    forward = evaluate(models[0], {"student": student}, rows, config.start, config.end)["student"]["time"].median().item()
+    print(f"time over the teacher's: forward pass {forward:.2f}, cached decoding {decoding:.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", help="time the student in this run's folder instead of training")
-    add("--width", type=at_least(64), default=512, help="hidden size, in heads of 64")
-    add("--end", type=at_least(1), default=5, help="first layer to keep after the span; where the span starts does not matter")
-    add("--batch-size", type=at_least(1), default=8, help="sequences per step")
-    add("--seq-len", type=at_least(2), default=256, help="tokens per sequence")
+    add("--width", type=int, default=512, help="hidden size, in heads of 64")
+    add("--end", type=int, default=5, help="first layer to keep after the span; where the span starts does not matter")
+    add("--batch-size", type=int, default=8, help="sequences per step")
+    add("--seq-len", type=int, default=256, help="tokens per sequence")
     add("--compile", action="store_true", help="as for train_fm.py")
-    add("--rounds", type=at_least(1), default=12, help="rounds to time")
-    add("--device", default=DEVICE, help="cpu, cuda or mps")
+    add("--rounds", type=int, default=12, help="rounds to time")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = torch.device(args.device)
     for name, method in METHODS.items() if not args.run else ():
         measure_training(args, device, name, *method)
     if args.run:

@@ -14,9 +14,8 @@ import torch
 from tqdm import tqdm
 
 from data import training_rows
-from eval_kl import DEVICE, kl_divergence, load_student, pick_device
-from lft import backbone, load_teacher, run_script
-from train_fm import at_least
+from eval_kl import DEVICES, kl_divergence, load_student
+from lft import load_teacher, run_script
 
 
 def main():
@@ -24,16 +23,16 @@ def main():
     add = parser.add_argument
     add("run", help="folder of a trained student")
     add("--out", required=True, help="folder for the tuned student")
-    add("--max-steps", type=at_least(1), default=250, help="optimizer steps")
-    add("--batch-size", type=at_least(1), default=8, help="sequences per step")
-    add("--lr", type=at_least(0.0), default=1e-3, help="peak learning rate of AdamW")
-    add("--device", default=DEVICE, help="cpu, cuda or mps")
+    add("--max-steps", type=int, default=250, help="optimizer steps")
+    add("--batch-size", type=int, default=8, help="sequences per step")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
-    student = load_student(args.run, pick_device(args.device))
+    student = load_student(args.run, args.device)
     training = student.config.training
     teacher, tokenizer = load_teacher(student.config.teacher, student.device)
     student.requires_grad_(False)
-    weights = [*backbone(student).layers[student.config.start :].requires_grad_(True).parameters()]
+    weights = [*student.get_decoder().layers[student.config.start :].requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     factor = lambda i: min(1, 20 * (i + 1) / args.max_steps) * (1 - i / args.max_steps)  # up in a twentieth, then down to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
