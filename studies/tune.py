@@ -26,13 +26,15 @@ def main():
     add("--max-steps", type=int, default=250, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="sequences per step")
     add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--flow-only", action="store_true", help="leave the layers after the flow as they are")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
     student = load_student(args.run, args.device)
     training = student.config.training
     teacher, tokenizer = load_teacher(student.config.teacher, student.device)
     student.requires_grad_(False)
-    weights = [*student.get_decoder().layers[student.config.start :].requires_grad_(True).parameters()]
+    tuned = student.flow if args.flow_only else student.get_decoder().layers[student.config.start :]
+    weights = [*tuned.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     factor = lambda i: min(1, 20 * (i + 1) / args.max_steps) * (1 - i / args.max_steps)  # up in a twentieth, then down to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
