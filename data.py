@@ -4,8 +4,9 @@
 glob of one kind of file, either plain text, each file a document, or rows with a column "text"; or a data set on the hub. Plain
 text is read into memory and shuffled; rows are streamed in their order.
 
-Held-out text is never trained on: the validation or test split of a data set on the hub; of 100 and more files of plain text
-1 in 20; or else the last twentieth of every document. Its first half is for validation, its second half for the test.
+Held-out text: the validation or test split of a data set on the hub; 1 in 20 files, if there are 100 or more plain-text files;
+otherwise the last twentieth of every document. Its first half is for validation, its second half is the test. It is never trained
+on, unless two of the texts share a file.
 """
 import glob
 import hashlib
@@ -98,9 +99,9 @@ def training_rows(data, tokenizer, seq_len, seed=0, rank=0, world_size=1):
 
 
 def held_out_rows(data, tokenizer, seq_len, tokens, test=False):
-    """About so many validation or test tokens, spread over that half: ids (rows, seq_len), and each row's document (rows,).
+    """About `tokens` tokens of validation or test text, spread evenly over that half: ids (rows, seq_len), and documents (rows,).
 
-    At most one document of each text is in both halves. Of streamed rows the first 262,144 tokens are divided.
+    At most one document of each text is in both halves. Streamed text is cut after 262,144 held-out tokens.
     """
     ids, documents = [], []
     for number, text in enumerate(data):
@@ -108,7 +109,7 @@ def held_out_rows(data, tokenizer, seq_len, tokens, test=False):
         rows = list(rows if isinstance(rows, Dataset) else rows.take(262_144 // seq_len))
         rows = rows[len(rows) // 2 :] if test else rows[: len(rows) // 2]
         if not rows:
-            raise InputError(f"{text} has fewer than two held-out rows: use more text or a smaller --seq-len")
+            raise InputError(f"{text} has fewer than two held-out rows of {seq_len} tokens: use more text or shorter rows")
         n = min(max(1, tokens // (len(data) * seq_len)), len(rows))
         for i in torch.linspace(0, len(rows) - 1, n).long().tolist():
             ids.append(rows[i]["ids"])

@@ -2,7 +2,7 @@
 
     python eval_kl.py runs/fw-6-18
 
-Each row of the table is a model made by `replace_span`, scored in float32 on test text that nothing was trained on. KL is
+Each row of the table is a model made by `replace_span`, scored in float32 on test text that the flow was not trained on. KL is
 KL(teacher || student) of the next-token distributions in nats per token: 0 is a perfect copy, lower is better.
 """
 import argparse
@@ -32,21 +32,22 @@ TOKEN_POWER = 1.0  # ours; the paper's plain mean is 0
 
 
 def token_errors(error, x1, power=TOKEN_POWER):
-    """Each token's squared error over |x1|^power: (batch, seq, hidden) twice -> (batch, seq). Power 2 gives the NMSE.
+    """Each token's mean squared error, divided by the RMS of its x1 to a power: (batch, seq, hidden) twice -> (batch, seq).
 
     Language models give a few tokens, above all the first, states hundreds of times longer than the rest (massive activations).
-    With power 0 those few tokens are almost the whole mean; with 2 they hardly count.
+    With power 0 those few tokens are almost the whole mean; with 2, which gives the NMSE, they hardly count.
     """
-    length = x1.square().mean(dim=-1).sqrt()
-    length = torch.maximum(length, 1e-3 * length.mean())  # a state of zero would divide by zero
-    return error.square().mean(dim=-1) / length**power
+    rms = x1.square().mean(dim=-1).sqrt()
+    rms = torch.maximum(rms, 1e-3 * rms.mean())  # a state of zero would divide by zero
+    return error.square().mean(dim=-1) / rms**power
 
 
 def log_probabilities(model, ids):
     """Log-probabilities of each next token (batch, seq, vocabulary), and the seconds that the forward pass took."""
+    ids[0, 0].item()  # reading a value waits until a GPU has done all earlier work
     begin = time.perf_counter()
     logits = model(ids, use_cache=False).logits
-    logits[0, 0, 0].item()  # waits for the device
+    logits[0, 0, 0].item()
     seconds = time.perf_counter() - begin
     return logits.log_softmax(dim=-1), seconds
 
@@ -130,9 +131,10 @@ def table(teacher, student, rows, documents, fit_rows=None):
     models = {"teacher": teacher}
     for solver, k in itertools.product(SOLVERS, sorted({1, 2, 3, 8, student.config.k})):
         models[f"LFT {solver} x{k}"] = model = share(student)
-        model.config.solver, model.config.k = model.flow.solver, model.flow.k = solver, k
+        model.config.solver = model.flow.solver = solver
+        model.config.k = model.flow.k = k
         calls[f"LFT {solver} x{k}"] = times = []
-        model.flow.walk(lambda x, t: times.append(t) or 0.0, 0.0)  # with a velocity of zero, to count its evaluations
+        model.flow.walk(lambda x, t: times.append(t) or 0.0, 0.0)  # a velocity of 0.0 that counts its evaluations
     models["span dropped"] = replace_span(teacher, start, end)
     if fit_rows is not None:
         models["linear map"] = replace_span(teacher, start, end, fit_linear(teacher, fit_rows, start, end, token_power))
@@ -155,7 +157,7 @@ PAPER = {6: (2, "flow matching", 0.529, 0.407), 12: (3, "Flow Walking", 0.932, 0
 
 
 def print_table(rows, config):
-    """Print the rows of the table, below the ratios to compare with the paper's if it has a span of this length."""
+    """Print the table; first, for spans of 6 and 12 layers, the ratios to compare with the paper's."""
     kl, trained = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}"
     n, method, skip, flow = PAPER.get(config.end - config.start, (0, "", 1, 1))
     if ratios := [f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in kl if name.startswith(f"skip {n},")]:
@@ -172,7 +174,7 @@ def print_table(rows, config):
 
 
 # ---- 4. Loading
-DEVICES = [str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "cpu"]  # cuda or mps first
+DEVICES = [*dict.fromkeys([str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "cpu"])]  # cuda, mps first
 
 
 def fingerprint(model):
@@ -193,7 +195,7 @@ def load_student(run, device="cpu"):
     """The student in a run's folder, in float32. Raises InputError if it cannot be loaded."""
     try:
         student = load(LFTForCausalLM, Path(run).resolve(strict=True))
-        student.config.training["data"]
+        student.config.training["data"]  # KeyError if training did not finish
     except Exception as error:  # transformers and safetensors raise many kinds
         raise InputError(f"{run} does not hold a trained student: train it, or finish it with --resume") from error
     return student.to(device)
@@ -204,30 +206,28 @@ FIT_TOKENS = 131_072
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("run", help="folder that train_fm.py or train_fw.py wrote")
     add("--teacher", help="where the teacher is now (default: where it was in training)")
     add("--data", nargs="+", help="texts whose held-out parts are scored (default: the training text)")
-    add("--tokens", type=int, default=32_768, help="test tokens to score")
-    add("--no-baselines", action="store_true", help="leave out the linear maps and the skips, identical for all runs on one span")
+    add("--tokens", type=int, default=32_768, help="test tokens to score (default: %(default)s)")
+    add("--no-baselines", action="store_true", help="leave out linear maps and skips (the same for all runs on one span)")
     add("--json", help="also write the rows to this file")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
     student = load_student(args.run, args.device)
     config, training = student.config, student.config.training
     teacher, tokenizer = load_teacher(args.teacher or config.teacher, student.device)
-    data, text = args.data or training["data"], {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
-    validation, _ = held_out_rows(training["data"], tokens=VALIDATION_TOKENS, **text)
+    data, reading = args.data or training["data"], {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
+    validation, _ = held_out_rows(training["data"], tokens=VALIDATION_TOKENS, **reading)
     for name, value in origins(teacher, validation).items():
         if training[name] != value:
             raise InputError(f"{args.run} was trained with another {name}: its teacher, tokenizer or text has changed since")
-    if args.json:
-        open(args.json, "a").close()  # fail before scoring if it cannot be written
-    rows, documents = held_out_rows(data, tokens=args.tokens, test=True, **text)
+    rows, documents = held_out_rows(data, tokens=args.tokens, test=True, **reading)
     fit_rows = None
     if not args.no_baselines:  # the linear maps learn from the student's own training text
-        fit_rows = itertools.islice(training_rows(training["data"], **text), FIT_TOKENS // training["seq_len"])
+        fit_rows = itertools.islice(training_rows(training["data"], **reading), FIT_TOKENS // training["seq_len"])
         fit_rows = torch.tensor([row["ids"] for row in fit_rows])
     result = table(teacher, student, rows, documents, fit_rows)
     print(f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}")

@@ -89,22 +89,24 @@ def integrate(velocity, x, times, solver="midpoint"):
 
 # ---- 3. The flow in place of the span
 class FlowCache:
-    """The KV cache as the velocity sees it during one walk: each evaluation has its own slot.
+    """The KV cache as the velocity sees it during one forward pass: each evaluation has its own slot.
 
-    The first uses the layer's slot, the others slots that are appended to those of the model's n layers.
+    The first uses the layer's slot, the others use slots appended after those of the model's n layers. The cache remembers which
+    is which; the model does not, since it may be used with several caches at once.
     """
 
     def __init__(self, cache, n, steps):
         self.cache, self.n, self.steps, self.number = cache, n, steps, itertools.count()
 
     def update(self, keys, values, slot, *args, **kwargs):
-        layers, slots = self.cache.layers, vars(self.cache).setdefault("flow_slots", {})  # stored in the cache, not in the model
-        call = (slot, self.steps, next(self.number))
-        if call not in slots and call[-1] == 0:  # the first evaluation of the first walk: take the layer's slot, copy it empty
+        layers, slots = self.cache.layers, vars(self.cache).setdefault("flow_slots", {})
+        number = next(self.number)
+        call = (slot, self.steps, number)
+        if call not in slots and number == 0:  # take the layer's slot, and keep a copy of it while it is empty
             if self.cache.get_seq_length(slot):
                 raise InputError("this KV cache was filled with another solver or k: start a new one")
             slots[call], self.empty = slot, copy.deepcopy(layers[slot : slot + 1])
-        elif call not in slots:  # a later evaluation of the first walk: append a copy, unless the cache grows by itself
+        elif call not in slots:  # append an empty copy; there is none to copy if the cache adds slots by itself
             slots[call] = max(len(layers), self.n)
             layers += copy.deepcopy(self.empty)
         return self.cache.update(keys, values, slots[call], *args, **kwargs)
@@ -118,8 +120,8 @@ class FlowLayer(GradientCheckpointingLayer):
         self.velocity, self.solver, self.k = velocity, solver, k
         self.config = self.layer_idx = None  # the model's config and this layer's index, set by replace_span
 
-    def walk(self, velocity, x):
-        return integrate(velocity, x, [i / self.k for i in range(self.k + 1)], self.solver)
+    def walk(self, u, x):
+        return integrate(u, x, [i / self.k for i in range(self.k + 1)], self.solver)
 
     def forward(self, x, **context):
         name = "layer_past" if "layer_past" in context else "past_key_values"  # GPT-NeoX's name, and everyone else's
@@ -136,13 +138,14 @@ def check_span(model, start, end):
 
 def share(model):
     """A deep copy of a model that shares its weights."""
-    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})  # deepcopy takes these as copied
 
 
 def replace_span(teacher, start, end, layer=None):
     """The teacher with layers start..end-1 replaced by one layer, or removed; a model that shares the teacher's weights.
 
-    layer: a FlowLayer, or any module that is called like a decoder layer. Raises InputError if the span does not fit.
+    layer: a FlowLayer, or any module that is called like a decoder layer; its attention gets the slot of layer `start` in the KV
+    cache. Raises InputError if the span does not fit.
     """
     check_span(teacher, start, end)
     model = share(teacher)
@@ -183,7 +186,7 @@ def hidden_pair(trunk, ids, start):
 
 # ---- 5. The teacher
 def load(kind, path):
-    """`kind.from_pretrained` in float32. Raises InputError if weights are missing, which transformers would make up."""
+    """`kind.from_pretrained`, frozen and in float32. Raises InputError for missing or unexpected weights."""
     model, report = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:
         raise InputError(f"its weights do not fit its configuration and code: {min(wrong)} is missing or unexpected")
@@ -284,7 +287,7 @@ LFTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def run_script(main):
-    """Call a script's main function; an error that the user can fix ends in one sentence and exit status 2."""
+    """Call a script's main function; common mistakes end in one sentence and exit status 2."""
     logging.disable_progress_bar()
     try:
         main()

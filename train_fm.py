@@ -1,8 +1,8 @@
 """Train a velocity field by flow matching (Eq. 3, Alg. 1) to replace a span of a teacher's layers.
 
-    python train_fm.py --start 6 --end 12                       # layers 6..11
-    python train_fm.py --start 6 --end 12 --resume              # continue where that run stopped
-    torchrun --nproc_per_node 4 train_fm.py --start 6 --end 12  # four GPUs
+    python train_fm.py --start 6 --end 12               # layers 6..11
+    python train_fm.py --start 6 --end 12 --resume      # continue where that run stopped
+    torchrun --nproc_per_node 4 -- train_fm.py --start 6 --end 12
 
 With a GPU the teacher is Pythia-410M and the text the Pile, streamed. Without one they are the included tiny_teacher and the
 source of Python's standard library. train_fw.py uses the same loop with another loss.
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from data import PILE, held_out_rows, training_rows
 from eval_kl import DEVICES, TOKEN_POWER, VALIDATION_TOKENS, evaluate, origins, token_errors
-from lft import InputError, LFTConfig, LFTForCausalLM, check_layers, hidden_pair, load_teacher, replace_span, run_script, trunk_of
+from lft import InputError, LFTConfig, LFTForCausalLM, check_layers, check_span, hidden_pair, load_teacher, replace_span
+from lft import run_script, trunk_of
 
 
 # ---- 1. The loss
@@ -42,25 +43,25 @@ def flow_matching_loss(velocity, x0, x1, logits=None, token_power=TOKEN_POWER):
 # ---- 2. The options
 def make_parser(doc, method, start, end, init="first"):
     """The options of every training script, with the defaults of its method."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.set_defaults(method=method)
     add = parser.add_argument
-    add("--start", type=int, default=start, help="first layer to replace")
-    add("--end", type=int, default=end, help="first layer to keep after the span")
+    add("--start", type=int, default=start, help="first layer to replace (default: %(default)s)")
+    add("--end", type=int, default=end, help="first layer to keep after the span (default: %(default)s)")
     add("--teacher", help="a folder or a model on the hub (default: EleutherAI/pythia-410m with a GPU, else tiny_teacher)")
     add("--data", nargs="+", help="stdlib, files, folders, globs or hub data sets (default: the Pile; stdlib for tiny_teacher)")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to train")
-    add("--out", help="folder of the run (default: runs/METHOD-START-END)")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (default: %(default)s)")
+    add("--out", help=f"folder of the run (default: runs/{method}-START-END)")
     add("--resume", action="store_true", help="continue the run in --out: repeat its options; a larger --max-steps trains on")
-    add("--max-steps", type=int, default=2000, help="optimizer steps")
-    add("--save-every", type=int, default=250, help="steps between checkpoints, each with a validation score")
-    add("--batch-size", type=int, default=8, help="sequences per step, over all processes")
-    add("--accumulate", type=int, default=1, help="micro-batches per step and process (gradient accumulation)")
+    add("--max-steps", type=int, default=2000, help="optimizer steps (default: %(default)s)")
+    add("--save-every", type=int, default=250, help="steps between checkpoints and validation scores (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences per step, over all processes (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="micro-batches per step and process (default: %(default)s)")
     add("--seq-len", type=int, help="tokens per sequence (default: half the teacher's positions, at most 1024)")
-    add("--lr", type=float, default=1 / 64, help="peak learning rate")
-    add("--init", default=init, help="layer to start from: first or middle of the span, or a layer's number")
-    add("--seed", type=int, default=0, help="seed of the weights, the times and the order of plain text")
-    add("--compile", action="store_true", help="compile velocity and teacher; a CPU needs a C++ compiler for it")
+    add("--lr", type=float, default=1 / 64, help="learning rate (default: 1/64)")
+    add("--init", default=init, help="layer to start from: first or middle of the span, or a number (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the weights, the times and the order of plain text (default: %(default)s)")
+    add("--compile", action="store_true", help="compile velocity and teacher; on a CPU this needs a C++ compiler")
     return parser
 
 
@@ -73,6 +74,7 @@ def make_student(args, solver, k, world_size):
     args.data = args.data or (["stdlib"] if args.teacher == "tiny_teacher" else [PILE])
     args.out = args.out or f"runs/{args.method}-{args.start}-{args.end}"
     teacher, tokenizer = load_teacher(args.teacher, args.device)
+    check_span(teacher, args.start, args.end)
     init = int({"first": args.start, "middle": (args.start + args.end) // 2}.get(args.init, args.init))
     check_layers(teacher, [*range(args.start, args.end), init])
     positions = teacher.config.max_position_embeddings
@@ -107,12 +109,12 @@ WARM_UP = 0.025  # of the run
 
 
 def learning_rate(step, args):
-    """Up from 0 during the warm-up, then straight down to 0; the first step is 1."""
+    """Linear warm-up times linear decay to 0; the first step is 1."""
     return args.lr * min(1, step / (WARM_UP * args.max_steps)) * (1 - (step - 1) / args.max_steps)
 
 
 def autocast(device):
-    """Matrix products in bfloat16 where CUDA or the CPU has instructions for them; everything else in float32."""
+    """Mixed precision, where CUDA or the CPU can multiply bfloat16 matrices; weights and the residual stream are in float32."""
     cpu = torch.cpu.get_capabilities()
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast) and device.type in ("cuda", "cpu"))
@@ -138,7 +140,7 @@ def open_run(args, **made_from):
     try:
         checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is missing, corrupt or in the wrong format
-        raise InputError(f"{args.out} has no checkpoint that can be resumed: start without --resume") from error
+        raise InputError(f"{args.out} has no usable checkpoint: delete it, and start without --resume") from error
     for name, was in checkpoint["options"].items():
         if options.get(name) != was:
             raise InputError(f"{args.out} was trained with {name} {was}, not {options.get(name)}: give the same again")
@@ -151,7 +153,7 @@ def open_run(args, **made_from):
 def save_checkpoint(folder, **state):
     """Write the checkpoint atomically: a run that is killed at any moment keeps its last one."""
     content, part = io.BytesIO(), Path(folder) / "checkpoint.part"
-    torch.save(state, content)
+    torch.save(state, content)  # in memory: on a full disk, torch.save to a file raises no OSError
     part.write_bytes(content.getbuffer())
     os.replace(part, Path(folder) / "checkpoint.pt")
 
@@ -160,7 +162,7 @@ def save_checkpoint(folder, **state):
 def check_finite(out, step, **figures):
     """Stop on a NaN or infinite value, before it is used or saved."""
     if not all(map(math.isfinite, figures.values())):
-        raise InputError(f"step {step} gave {figures}: lower --lr ({out} keeps its last checkpoint)")
+        raise InputError(f"step {step} gave {figures}: start again with a lower --lr and another --out")
 
 
 def train(args, loss_of, solver, k):
@@ -180,14 +182,13 @@ def train(args, loss_of, solver, k):
         frozen.forward = torch.compile(frozen.forward)
     if rank == 0:
         print(f"{args.teacher} on {device}: a flow replaces layers {args.start}..{args.end - 1}; reading", *args.data, flush=True)
-    text = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
+    stream = training_rows(args.data, tokenizer, args.seq_len, args.seed, rank, world_size)
     validation, _ = held_out_rows(args.data, tokenizer, args.seq_len, VALIDATION_TOKENS)
     made_from = origins(teacher, validation) | {"world_size": world_size}
     log, checkpoint, options = open_run(args, **made_from) if rank == 0 or args.resume else (None, None, None)
-    step, lines = 0, ""
+    step, lines = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, "")
     if checkpoint:
-        step, lines = checkpoint["step"], checkpoint["log"]
-        text.load_state_dict(checkpoint["text"][rank])
+        stream.load_state_dict(checkpoint["text"][rank])
         for part, state in zip((velocity, *optimizers), checkpoint["trained"]):
             part.load_state_dict(state)
     if rank == 0:
@@ -195,10 +196,10 @@ def train(args, loss_of, solver, k):
             student.save_pretrained(trial, save_original_format=False)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stopping = []  # Ctrl-C, or SIGTERM from a cluster, lets the step finish and saves; a second one ends at once
+    stopping = []  # Ctrl-C, or SIGTERM from a cluster, lets the step finish and saves; the same signal again ends at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stopping.append(number), signal.signal(number, signal.SIG_DFL)))
-    rows, tokens, losses, clock, stop = iter(text), args.batch_size * args.seq_len, [], time.perf_counter(), False
+    rows, tokens, losses, clock, stop = iter(stream), args.batch_size * args.seq_len, [], time.perf_counter(), False
     for step in tqdm(range(step + 1, args.max_steps + 1), initial=step, total=args.max_steps, unit="step", disable=rank > 0):
         # Seeded by the step: no random state to save. The factor spreads seeds over the 32 bits that CPU generators keep.
         torch.manual_seed((args.seed * 2_654_435_761 + step * world_size + rank) % 2**32)
@@ -233,7 +234,7 @@ def train(args, loss_of, solver, k):
             score = evaluate(teacher, {"student": student}, validation, args.start, args.end)["student"]
             line |= {"held_out_nmse": score["nmse"].mean().item(), "held_out_kl": score["kl"].mean().item()}
             check_finite(args.out, step, held_out_kl=line["held_out_kl"])
-            places = [text.state_dict()] * world_size
+            places = [stream.state_dict()] * world_size
             if world_size > 1:
                 dist.all_gather_object(places, places[rank])
         lines += json.dumps(line) + "\n"
@@ -259,7 +260,7 @@ def train(args, loss_of, solver, k):
 def main():
     parser = make_parser(__doc__, "fm", start=6, end=12)
     add = parser.add_argument
-    add("--token-power", type=float, default=TOKEN_POWER, help="divide each token's error by |x1| to this power")
+    add("--token-power", type=float, default=TOKEN_POWER, help="divide a token's error by RMS(x1) to this power (default: 1)")
     args = parser.parse_args()
     train(args, functools.partial(flow_matching_loss, token_power=args.token_power), solver="midpoint", k=1)
 

@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from data import pack, stdlib_texts
+from data import documents, pack
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--out", default="runs/tiny_teacher", help="folder to write (default %(default)s)")
@@ -27,18 +27,17 @@ torch.manual_seed(args.seed)
 
 END_OF_TEXT = "<|endoftext|>"
 bpe = ByteLevelBPETokenizer()
-bpe.train_from_iterator(stdlib_texts(held_out=False), vocab_size=2048, special_tokens=[END_OF_TEXT], show_progress=False)
+bpe.train_from_iterator(documents("stdlib", held_out=False)[0], vocab_size=2048, special_tokens=[END_OF_TEXT], show_progress=False)
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
 tokenizer.save_pretrained(args.out)
 
 
 def sequences(texts):
     """The texts joined, each closed by the end-of-text token, and cut: ids (sequences, 256)."""
-    texts = list(texts)
     return torch.tensor(pack({"text": texts}, range(len(texts)), tokenizer, 256, cut=(0, 1))["ids"])
 
 
-train, held_out = sequences(stdlib_texts(held_out=False)), sequences(stdlib_texts(held_out=True))
+train, held_out = (sequences(documents("stdlib", part)[0]) for part in (False, True))
 print(f"text: {train.numel():,} training tokens, {held_out.numel():,} held out", flush=True)
 
 config = GPTNeoXConfig(
