@@ -90,20 +90,23 @@ class LinearLayer(nn.Linear):
         return super().forward(x)
 
 
-@torch.no_grad()
-def fit_linear(teacher, rows, start, end, token_power=TOKEN_POWER):
-    """The linear map from x0 to x1 by least squares over rows of ids; tokens are weighted as in the flow's loss."""
-    trunk, hidden = trunk_of(teacher, end), teacher.config.hidden_size
+def least_squares(pairs, token_power=TOKEN_POWER):
+    """The linear map from x0 to x1 by least squares over batches of pairs; tokens are weighted as in the flow's loss."""
     inputs, products = 0, 0  # sums over tokens of [x0, 1] with itself and with x1; in float64, which not every device has
-    for ids in rows.split(max(1, 4096 // rows.shape[1])):
-        x0, x1, _ = hidden_pair(trunk, ids.to(teacher.device), start)
+    for x0, x1 in pairs:
         weight = token_errors(torch.ones_like(x1), x1, token_power)[..., None]
         x0, x1, weight = (x.flatten(0, 1).cpu().double() for x in (F.pad(x0, (0, 1), value=1.0), x1, weight))
         inputs, products = inputs + (weight * x0).T @ x0, products + (weight * x0).T @ x1
     solution = torch.linalg.lstsq(inputs, products, driver="gelsd").solution.float()  # (hidden + 1, hidden)
-    linear = LinearLayer(hidden, hidden).requires_grad_(False)
+    linear = LinearLayer(solution.shape[1], solution.shape[1]).requires_grad_(False)
     linear.load_state_dict({"weight": solution[:-1].T, "bias": solution[-1]})
-    return linear.to(teacher.device)
+    return linear
+
+
+def fit_linear(teacher, rows, start, end, token_power=TOKEN_POWER):
+    """The linear map from x0 to x1, fitted on rows of ids."""
+    trunk, batches = trunk_of(teacher, end), rows.to(teacher.device).split(max(1, 4096 // rows.shape[1]))
+    return least_squares((hidden_pair(trunk, ids, start)[:2] for ids in batches), token_power).to(teacher.device)
 
 
 def skips(teacher, rows, fit_rows, start, end, token_power):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import data, eval_kl, lft, train_fm, train_fw
-from studies import crossing, drafting, results, spans, speed, stored
+from studies import crossing, frontier, results, spans, speed, walks
 
 GQA = {"num_key_value_heads": 2}
 FAMILIES = {
@@ -965,22 +965,8 @@ def test_spans_are_measured_between_the_librarys_states(study, capsys):
         expected = sum(spans.recoupling_ratio(*pair) for pair in pairs), sum(share), sum(f.max() / f.sum() for f in far)
         torch.testing.assert_close(2 * found[:, start, end], torch.tensor(expected), rtol=1e-3, atol=1e-5)
     assert found[0].isfinite().equal(torch.ones(6, 7).triu(1).bool())
-    call(spans, *study.text, "--length", 3, "--rows", 2, "--picture", study.folder / "map.png", "--compare", study.run)
-    assert capsys.readouterr().out.count("1..3") == 2 and (study.folder / "map.png").exists()
-
-def test_stored_states_train_the_same_run(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fm, "trunk_of", lft.trunk_of)  # put back at the end of the test
-    monkeypatch.setattr(train_fm, "hidden_pair", lft.hidden_pair)
-    call(train_fw, *study.options, "--out", tmp_path / "plain")
-    for name, computed in ("computed", 3), ("read", 1):  # the first step of a run computes the context
-        calls = []
-        monkeypatch.setattr(stored, "hidden_pair", lambda *args: calls.append(args) or lft.hidden_pair(*args))
-        call(stored, tmp_path / "states", "train_fw.py", *study.options, "--out", tmp_path / name)
-        assert len(calls) == computed
-        for line, other in zip(logged(tmp_path / name), logged(tmp_path / "plain"), strict=True):
-            assert all(line[key] == pytest.approx(other[key], rel=1e-3) for key in ("loss", "gradient_norm", "held_out_nmse"))
-    states, teachers = stored.Stored(tmp_path), (study.teacher, lft.replace_span(study.teacher, 4, 5))
-    assert len({states.trunk_of(teacher, 3) and states.path(1, torch.arange(4)) for teacher in teachers}) == 2  # not mixed up
+    call(spans, *study.text, "--length", 3, "--rows", 2, "--picture", study.folder / "map.png")
+    assert capsys.readouterr().out.count("1..3") == 1 and (study.folder / "map.png").exists()
 
 @pytest.mark.parametrize("name", speed.METHODS)
 def test_floor_of_speed_is_what_training_multiplies(name):
@@ -996,27 +982,52 @@ def test_floor_of_speed_is_what_training_multiplies(name):
 def test_results_are_means_over_seeds_and_refuse_what_cannot_be_compared(study, tmp_path, capsys):
     run, kl = study.run, {row["name"]: row["kl"] for row in json.loads((study.run / "table.json").read_text())["rows"]}
     runs = [run, like(run, tmp_path / "b", 0.3, seed=1, out="b"), like(run, tmp_path / "c", 0.7, lr=0.1)]
-    call(results, *runs, "--pictures", tmp_path / "p")
-    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["bars.png", "time.png", "tokens.png"]
-    rows = {line.split(" | ")[1]: line.split(" | ")[2:5] for line in capsys.readouterr().out.splitlines()[2:]}
-    base, words = kl["LFT midpoint x1"], "flow matching, 0.000768 M tokens, lr {}; midpoint ×1"
+    call(results, *(run / "table.json" for run in runs), "--pictures", tmp_path / "p")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["time.png", "tokens.png"]
+    rows = {line.split(" | ")[2]: line.split(" | ")[3:6] for line in capsys.readouterr().out.splitlines()[2:]}
+    base, words = kl["LFT midpoint x1"], "flow matching, 0.000768M, lr {}; midpoint ×1"
     assert rows[words.format(0.001)] == ["2", f"{base + 0.15:.4f} ± {0.3 / 2**0.5:.4f}", "2"]
     assert rows[words.format(0.1)] == ["2", f"{base + 0.7:.4f}", "1"]
     assert len(rows) == 2 * 4 + sum("LFT" not in name for name in kl) - 1
-    of_another = "fingerprint", "data", "tokens", "seq_len", "flow"
-    wrong = {name: like(run, tmp_path / name, 0.0, {name: "another"}, seed=2) for name in of_another}
-    wrong |= {"missing": like(run, tmp_path / "none", 0.0, seed=2), "same options and seed": like(run, tmp_path / "twin", 0.0)}
+    wrong = {name: like(run, tmp_path / name, 0.0, {name: "another"}, seed=2) for name in ("fingerprint", "tokens", "seq_len", "flow")}
+    wrong |= {"table.json": like(run, tmp_path / "none", 0.0, seed=2), "same options and seed": like(run, tmp_path / "twin", 0.0)}
     (tmp_path / "none/table.json").unlink()
     for message, other in wrong.items():
         with pytest.raises(lft.InputError, match=message):
-            call(results, run, other, "--pictures", tmp_path / "q")
+            call(results, run / "table.json", other / "table.json", "--pictures", tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
-def test_drafting_leaves_the_teachers_text(study, capsys):
-    call(drafting, study.run, "--skip", 1, "--prompts", 2, "--tokens", 12)
-    assert capsys.readouterr().out.count("2 of 2 texts") == 2
-    prompts = torch.randint(2048, (2, 8)).split(1)
-    assert drafting.write(study.teacher, prompts, 12, lft.share(study.teacher))[1] == 6  # as its own drafter: five and one more
+def test_rivals_are_the_best_cuts_of_the_span(study):
+    """Every place is tried by hand; the file's row is the best one on validation text, scored on test text."""
+    file, reading = study.folder / "rivals.json", {"data": [str(study.folder / "text.txt")], "seq_len": 32}
+    call(frontier, file, *study.text, "--start", 1, "--end", 3, 5, "--seq-len", 32, "--longest", 2, "--tokens", 256)
+    rows = {(row["end"], row["kind"], row["n"]): row for row in json.loads(file.read_text())}
+    assert {key[1:] for key in rows if key[0] == 3} == {("skip", 1), ("patch", 1), ("two patches", 1), ("skip", 2), ("patch", 2)}
+    teacher, tokenizer = lft.load_teacher(str(study.folder / "teacher"))
+    validation, test = (data.held_out_rows(tokenizer=tokenizer, tokens=n, test=test, **reading)[0] for n, test in ((4096, False), (256, True)))
+    rows_to_fit = itertools.islice(data.training_rows(tokenizer=tokenizer, **reading), 1024)
+    rows_to_fit = torch.tensor([row["ids"] for row in rows_to_fit])
+    kl_on = lambda model, ids: double_kl(teacher(ids).logits, model(ids).logits).mean().item()
+    for (end, kind, n), row in rows.items():
+        patch = lambda i: eval_kl.fit_linear(teacher, rows_to_fit, i, i + n) if kind == "patch" else None
+        if kind != "two patches":
+            models = {f"{i}..{i + n - 1}": lft.replace_span(teacher, i, i + n, patch(i)) for i in range(1, end - n + 1)}
+            assert row["layers"] == min(models, key=lambda place: kl_on(models[place], validation))
+            assert row["kl"] == pytest.approx(kl_on(models[row["layers"]], test), rel=1e-3)
+    i, j = (int(place.split("..")[0]) for place in rows[5, "two patches", 2]["layers"].split(" and "))
+    first, second = (eval_kl.fit_linear(teacher, rows_to_fit, k, k + 2) for k in (i, j))
+    model = lft.replace_span(lft.replace_span(teacher, j, j + 2, second), i, i + 2, first)
+    assert (i, j) == (1, 3) and rows[5, "two patches", 2]["kl"] == pytest.approx(kl_on(model, test), rel=1e-3)
+
+@pytest.mark.parametrize("variant", ["timeless", "waypoints", "linear"])
+def test_variants_of_walking_train(study, tmp_path, monkeypatch, variant):
+    for name in ("make_student", "hidden_pair", "trunk_of"):
+        monkeypatch.setattr(train_fm, name, getattr(train_fm, name))  # put back at the end of the test
+    call(walks, variant, *study.options, "--end", 5, "--out", tmp_path / variant)
+    weights = checkpoint_of(tmp_path / variant)["trained"][0]
+    before = lft.VelocityBlock(study.teacher.gpt_neox.layers[3]).state_dict()
+    assert not torch.equal(weights["mlp.dense_h_to_4h.weight"], before["mlp.dense_h_to_4h.weight"])
+    assert bool(weights["time_mlp.2.weight"].any()) != (variant == "timeless")
 
 def test_crossing_paths_need_flow_walking():
     x0 = crossing.starts(50)

@@ -1,11 +1,10 @@
 """Why walk? Both losses of the training scripts on points in a plane whose straight paths cross.
 
-    python studies/crossing.py        # half a minute on one core; writes pictures/crossing.png
+    python studies/crossing.py        # half a minute on one core; draws pictures/crossing.png
 
 Every x1 is -x0, so all straight paths meet in the middle at t = 1/2, where flow matching can only learn their mean velocity.
 Flow Walking is free to bend the paths; which way depends on the seed. A curve shows where a walk stands if it is stopped early.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import nn
 
-from lft import integrate, run_script
+from lft import integrate
 from studies.results import pyplot
 from train_fm import flow_matching_loss
 from train_fw import flow_walking_loss
@@ -42,39 +41,32 @@ def trained(loss_of, steps=2000):
 
 @torch.no_grad()
 def walk(u, x0, k, stops=1):
-    """Where walks of k midpoint steps stand when they are stopped at stops + 1 times from 0 to 1: (stops + 1, n, 2)."""
+    """Where walks of k midpoint steps stand if they are stopped at stops + 1 times from 0 to 1: (stops + 1, n, 2)."""
     s = torch.linspace(0, 1, stops + 1).repeat_interleave(len(x0))[:, None, None]
     return integrate(u, x0.repeat(stops + 1, 1, 1), [s.clamp(max=i / k) for i in range(k + 1)]).view(stops + 1, -1, 2)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="pictures/crossing.png", help="PNG file to write")
-    out = parser.parse_args().out
-    fm, fw = trained(flow_matching_loss), trained(flow_walking_loss)
-    options = {"aspect": "equal", "xlim": (-2, 2), "ylim": (-2, 1.7), "xticks": [], "yticks": [], "frame_on": False}
-    x0, (figure, panels) = starts(100), pyplot.subplots(1, 3, figsize=(11, 4), layout="tight", subplot_kw=options)
-    straight, distance = torch.cat([x0, -x0], dim=1).transpose(0, 1), 2 * x0.norm(dim=-1).mean()
-    for axes, title, path, text in (
-        (panels[0], "the pairs:\nstraight paths cross", straight, f"distance {distance:.2f}"),
-        (panels[1], "flow matching:\npaths that cross are averaged", walk(fm, x0, 100, 100), "100 steps, mean error {:.2f}"),
-        (panels[2], "Flow Walking:\npaths bend and arrive", walk(fw, x0, 3, 99), "3 steps, mean error {:.2f}"),
-    ):
-        text = text.format((path[-1] + x0[:, 0]).norm(dim=-1).mean())
-        print(title.replace("\n", " "), text, sep="; ")
+    fm, fw, x0 = trained(flow_matching_loss), trained(flow_walking_loss), starts(100)
+    panels = {
+        "the pairs:\nstraight paths cross": torch.cat([x0, -x0], dim=1).transpose(0, 1),
+        "flow matching:\npaths that cross are averaged": walk(fm, x0, 100, 100),
+        "Flow Walking:\npaths bend and arrive": walk(fw, x0, 3, 99),
+    }
+    options = {"aspect": "equal", "xlim": (-2, 2), "ylim": (-1.8, 1.8), "xticks": [], "yticks": [], "frame_on": False}
+    figure, grid = pyplot.subplots(1, 3, figsize=(11, 4), layout="tight", subplot_kw=options)
+    for axes, (title, path) in zip(grid, panels.items()):
+        error = (path[-1] + x0[:, 0]).norm(dim=-1).mean()
+        axes.set_title(f"{title}\n(mean error {error:.2f})", fontsize=15)
+        print(axes.get_title().replace("\n", " "))
         for side, color in (1, "#0072B2"), (-1, "#D55E00"):  # blue and orange, which color-blind readers tell apart
             x, y = path[:, (1 - side) // 2 : 60 : 2].unbind(dim=-1)
             axes.add_patch(pyplot.Circle((1, -side), 0.55, color=color, alpha=0.13, lw=0))  # where this color should arrive
             axes.plot(x, y, color=color, lw=0.9, alpha=0.5)
-            for end, fill in (0, "white"), (-1, color):
-                axes.scatter(x[end], y[end], s=14, facecolor=fill, edgecolor=color, zorder=3)
-            if axes is panels[0]:
-                axes.text(-1.7, side, "$x_0$", color=color, fontsize=17, va="center")
-                axes.text(1.6, -side, "$x_1$", color=color, fontsize=17, va="center")
-        axes.text(0, -1.95, text, fontsize=14, ha="center")
-        axes.set_title(title, fontsize=15)
-    figure.savefig(out, dpi=110, bbox_inches="tight")
+            axes.scatter(x[0], y[0], s=14, facecolor="white", edgecolor=color, zorder=3)
+            axes.scatter(x[-1], y[-1], s=14, color=color, zorder=3)
+    figure.savefig("pictures/crossing.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from data import training_rows
-from eval_kl import DEVICES, fingerprint, load_student
-from lft import InputError, load_teacher, run_script, trunk_of
-from studies.results import optimize, pyplot, read_curve, stats
+from eval_kl import DEVICES
+from lft import load_teacher, run_script, trunk_of
+from studies.results import optimize, pyplot
 
 
 def recoupling_ratio(x0, x1):
@@ -55,24 +55,6 @@ def ratios(teacher, rows):
     return found
 
 
-def compare(runs, teacher, found):
-    """Print R and moved of each run's span beside the KL that it reached, and their rank correlations with it."""
-    lines = []
-    for run in dict.fromkeys(Path(run).resolve() for run in runs):
-        config = load_student(run).config
-        if config.training["teacher_sha256"] != fingerprint(teacher):
-            raise InputError(f"{run} was trained with another teacher, {config.teacher}: leave it out, or give that as --teacher")
-        ratio, moved, _ = found[:, config.start, config.end].tolist()
-        lines.append((ratio, moved, read_curve(run, config.training)[-1][1], f"{config.start}..{config.end - 1}"))  # the last KL
-    print(f"\n{'layers':>8}{'R':>8}{'moved':>8}{'KL':>9}   validation text, nats per token")
-    for ratio, moved, kl, layers in sorted(lines):
-        print(f"{layers:>8}{ratio:>8.3f}{moved:>8.3f}{kl:>9.4f}")
-    if len(lines) > 2:
-        *measures, kl, _ = zip(*lines)
-        of_ratio, of_moved = (stats.spearmanr(measure, kl).statistic for measure in measures)
-        print(f"rank correlation with the KL: R {of_ratio:.2f}, moved {of_moved:.2f}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -81,7 +63,6 @@ def main():
     add("--length", type=int, default=6, help="layers of the spans to list")
     add("--rows", type=int, default=32, help="rows of 256 tokens, which are paired with each other")
     add("--picture", help="PNG file for a heat map of all spans")
-    add("--compare", metavar="RUN", nargs="+", default=[], help="runs of train_fm.py whose KL is printed beside R")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     args = parser.parse_args()
     teacher, tokenizer = load_teacher(args.teacher, args.device)
@@ -98,8 +79,6 @@ def main():
         axes.set(xlabel="end (first layer to keep)", ylabel="start (first to replace)", title="Recoupling Ratio of every span")
         figure.colorbar(image, label="R: 0, optimal transport keeps every pair")
         figure.savefig(args.picture, dpi=100)
-    if args.compare:
-        compare(args.compare, teacher, found)
 
 
 if __name__ == "__main__":

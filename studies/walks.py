@@ -1,12 +1,15 @@
-"""What makes Flow Walking better? Variants of its loss, start and velocity, trained by train_fw.py's loop.
+"""What else could make Flow Walking better? Three variants, trained by the loop of train_fm.py.
 
-    python studies/walks.py equal --teacher smollm2 --data stdlib --start 12 --end 24 --max-steps 1000
+    python studies/walks.py timeless --teacher smollm2 --data stdlib --start 12 --end 24 --max-steps 1000
 
-    equal      k equal steps, those the student is used with, instead of random times
-    timeless   equal, and the velocity never sees t: the time network stays at zero
-    waypoints  equal, and each landing is also compared with the teacher's state at that depth; this term fades out
-    linear     equal, from the least-squares map: the flow starts at W x0 + b, with its gates at zero
+    timeless   the velocity never sees t: the time network stays at zero
+    waypoints  each landing is also compared with the teacher's state at that depth; this term fades out
+    linear     the flow starts at x0 + (W x0 + b - x0): a least-squares map comes before it, and its gates start at zero
+
+All walk in equal steps (train_fw.py --times equal). Only the scores in log.jsonl count: the saved students are incomplete.
 """
+import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,84 +19,63 @@ import torch
 
 import train_fm
 from eval_kl import fit_linear, token_errors
-from lft import SOLVERS, FlowLayer, LFTForCausalLM, VelocityBlock, hidden_pair, run_script, trunk_of
+from lft import FlowLayer, hidden_pair, midpoint, run_script, trunk_of
+from train_fw import flow_walking_loss
 
-K, SOLVER = 3, "midpoint"
-
-
-def equal_loss(velocity, x0, x1, logits):
-    """Flow Walking (Eq. 8) through equal times."""
-    for i in range(K):
-        x0 = SOLVERS[SOLVER](velocity, x0, i / K, (i + 1) / K)
-    return token_errors(x0 - x1, x1).mean()
-
-
-class Timeless(VelocityBlock):
-    def __init__(self, layer):
-        super().__init__(layer)
-        self.time_mlp.requires_grad_(False)  # its last layer starts at zero
-
-
-class Waypoints:
-    """`equal_loss`, plus the landings' distance from the teacher's states at equal depths, with a weight that falls to 0."""
-
-    def __init__(self, args):
-        self.states, self.steps, self.depths = [], iter(range(args.max_steps * args.accumulate)), []
-        self.depths = [args.start + (args.end - args.start) * i // K for i in range(1, K)]
-        self.total = args.max_steps * args.accumulate
-
-    def trunk_of(self, teacher, end):
-        trunk = trunk_of(teacher, end)
-        for depth in self.depths:
-            trunk.layers[depth].register_forward_pre_hook(lambda _, x: self.states.append(x[0]))
-        return trunk
-
-    def loss(self, velocity, x0, x1, logits):
-        targets, weight, loss = [*self.states, x1], 1 - next(self.steps) / self.total, 0
-        self.states.clear()
-        for i, target in enumerate(targets):
-            x0 = SOLVERS[SOLVER](velocity, x0, i / K, (i + 1) / K)
-            loss = loss + (1 if i == K - 1 else weight) * token_errors(x0 - target, target).mean()
-        return loss
-
-
-class LinearStart:
-    """Puts the least-squares map before the flow, in training and in the student's layer."""
-
-    def make_student(self, args, *rest):
-        teacher, tokenizer, student = make_student(args, *rest)
-        rows = train_fm.training_rows(args.data, tokenizer, args.seq_len)
-        rows = torch.tensor([row["ids"] for _, row in zip(range(32_768 // args.seq_len), rows)])
-        self.linear = fit_linear(teacher, rows, args.start, args.end)
-        student.flow.velocity.time_mlp[-1].bias.data.view(6, -1)[[2, 5]] = -1.0  # α = 1 + gate = 0
-        student.flow.walk = lambda velocity, x: FlowLayer.walk(student.flow, velocity, self.linear(x))
-        return teacher, tokenizer, student
-
-    def hidden_pair(self, trunk, ids, start):
-        x0, x1, context = hidden_pair(trunk, ids, start)
-        return self.linear(x0), x1, context
-
-
+K = 3
 make_student = train_fm.make_student
+
+
+def waypoint_loss(velocity, x0, x1, logits, states, weights):
+    """Midpoint steps that all aim at the teacher's states, those before x1 with a falling weight."""
+    targets, weight, loss = [*states, x1], next(weights), 0
+    states.clear()
+    for i, target in enumerate(targets):
+        x0 = midpoint(velocity, x0, i / K, (i + 1) / K)
+        loss = loss + (1 if i == K - 1 else weight) * token_errors(x0 - target, target).mean()
+    return loss
+
+
+def waypoint_trunk(teacher, end, states, start):
+    """The teacher's first layers, which append the states at K - 1 equal depths of the span to `states` when they are called."""
+    trunk = trunk_of(teacher, end)
+    for i in range(1, K):
+        trunk.layers[start + (end - start) * i // K].register_forward_pre_hook(lambda _, x: states.append(x[0]))
+    return trunk
+
+
+def timeless_student(*args):
+    teacher, tokenizer, student = make_student(*args)
+    student.flow.velocity.time_mlp.requires_grad_(False)  # its last layer starts at zero
+    return teacher, tokenizer, student
+
+
+def linear_student(args, *rest):
+    """A student whose flow starts from the least-squares map, in training and in use."""
+    teacher, tokenizer, student = make_student(args, *rest)
+    rows = itertools.islice(train_fm.training_rows(args.data, tokenizer, args.seq_len), 32_768 // args.seq_len)
+    linear = fit_linear(teacher, torch.tensor([row["ids"] for row in rows]), args.start, args.end)
+    student.flow.velocity.time_mlp[-1].bias.data.view(6, -1)[[2, 5]] = -1.0  # α = 1 + gate = 0
+    student.flow.walk = lambda velocity, x: FlowLayer.walk(student.flow, velocity, linear(x))
+    train_fm.hidden_pair = lambda *pair: (linear((found := hidden_pair(*pair))[0]), *found[1:])
+    return teacher, tokenizer, student
 
 
 def main():
     variant = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     parser = train_fm.make_parser(__doc__, variant, start=12, end=24, init="middle")
-    args, loss = parser.parse_args(), equal_loss
+    args, loss_of = parser.parse_args(), functools.partial(flow_walking_loss, k=K, times="equal")
     if variant == "timeless":
-        LFTForCausalLM.velocity_class = Timeless
+        train_fm.make_student = timeless_student
     elif variant == "waypoints":
-        waypoints = Waypoints(args)
-        train_fm.trunk_of, loss = waypoints.trunk_of, waypoints.loss
+        states, calls = [], args.max_steps * args.accumulate
+        train_fm.trunk_of = functools.partial(waypoint_trunk, states=states, start=args.start)
+        loss_of = functools.partial(waypoint_loss, states=states, weights=iter(torch.linspace(1, 0, calls).tolist()))
     elif variant == "linear":
-        start = LinearStart()
-        train_fm.make_student, train_fm.hidden_pair = start.make_student, start.hidden_pair
-    elif variant != "equal":
-        parser.error("the first argument is equal, timeless, waypoints or linear")
-    train_fm.train(args, loss, SOLVER, K)
-    if variant == "linear":
-        (Path(args.out) / "model.safetensors").unlink()  # it lacks the linear map; the scores in log.jsonl do not
+        train_fm.make_student = linear_student
+    else:
+        parser.error("the first argument is timeless, waypoints or linear")
+    train_fm.train(args, loss_of, "midpoint", K)
 
 
 if __name__ == "__main__":
