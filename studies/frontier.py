@@ -20,7 +20,7 @@ from data import held_out_rows, training_rows
 from eval_kl import DEVICES, evaluate, least_squares, standard_error
 from lft import load_teacher, replace_span, run_script, trunk_of
 
-CHOICE_TOKENS, FIT_TOKENS = 4096, 32_768
+CHOICE_TOKENS, FIT_TOKENS = 2048, 32_768
 
 
 @torch.no_grad()
