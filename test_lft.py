@@ -775,6 +775,7 @@ def test_changed_teacher_tokenizer_or_text_is_refused(run, tmp_path, teacher_fol
 def in_process(module, options, environment, interrupt, times):
     """What a process of its own does: a script's main, with a Ctrl-C at some losses; the times that it draws are saved."""
     os.environ.update(environment), torch.set_num_threads(1)
+    train_fm.tqdm.set_lock(threading.RLock())  # tqdm's own is shared between processes, and one that is killed may hold it
     drawn, calls = record_times(setattr), itertools.count(1)
     loss_of, stop = train_fm.flow_matching_loss, lambda: signal.raise_signal(signal.SIGINT) if next(calls) in interrupt else None
     train_fm.flow_matching_loss = lambda *args, **more: stop() or loss_of(*args, **more)
