@@ -135,8 +135,8 @@ def open_run(args, **made_from):
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             return open(log, "x"), None, options  # fails for one of two runs that start together
-        except FileExistsError as error:
-            raise InputError(f"{args.out} holds a run: add --resume to continue it, delete it, or give another --out") from error
+        except FileExistsError:
+            raise InputError(f"{args.out} holds a run: add --resume to continue it, delete it, or give another --out") from None
     try:
         checkpoint = torch.load(Path(args.out) / "checkpoint.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is missing, corrupt or in the wrong format
