@@ -873,6 +873,16 @@ def test_full_disk_keeps_the_earlier_checkpoint(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train_fm, "save_checkpoint", on_a_full_disk), run(train_fm, out=tmp_path, save_every=1, refused="")
     assert checkpoint_of(tmp_path)["step"] == 1
 
+def test_interrupted_save_leaves_no_stale_model(run, tmp_path, monkeypatch):
+    run(train_fm, out=tmp_path)
+    save = lft.LFTForCausalLM.save_pretrained
+    def fail(student, folder, **options):
+        if Path(folder) == tmp_path:
+            raise OSError("disk full")
+        save(student, folder, **options)
+    monkeypatch.setattr(lft.LFTForCausalLM, "save_pretrained", fail)
+    run(train_fm, out=tmp_path, resume=True, max_steps=4, refused="disk full"), run(eval_kl, tmp_path, refused="--resume")
+
 def test_closed_stdout_keeps_checkpoint(standard, tmp_path):
     command = [sys.executable, train_fm.__file__, *as_flags(standard | {"save_every": 1, "out": tmp_path})]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
