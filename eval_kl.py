@@ -172,8 +172,8 @@ def print_table(rows, config):
         error = "" if row["kl_stderr"] is None else f" +- {row['kl_stderr']:.4f}"
         nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
         kl = f"{row['kl']:.4f}{error}"
-        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17}{nmse:>8}", end="")
-        print(f"{row['perplexity']:>8.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
+        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17} {nmse:>7}", end="")
+        print(f" {row['perplexity']:>7.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
 
 
 # ---- 4. Loading
