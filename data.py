@@ -10,6 +10,7 @@ on, unless two of the texts share a file.
 """
 import glob
 import hashlib
+import itertools
 import os
 import sysconfig
 from pathlib import Path
@@ -96,6 +97,11 @@ def training_rows(data, tokenizer, seq_len, seed=0, rank=0, world_size=1):
         if isinstance(rows, Dataset):
             texts[i] = split_dataset_by_node(rows.shuffle(seed=seed).to_iterable_dataset(), rank, world_size)
     return interleave_datasets([rows.repeat(None) for rows in texts])
+
+
+def take(rows, n):
+    """The ids of the next n rows: (n, seq_len)."""
+    return torch.tensor([row["ids"] for row in itertools.islice(rows, n)])
 
 
 def held_out_rows(data, tokenizer, seq_len, tokens, test=False):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import held_out_rows, training_rows
+from data import held_out_rows, take, training_rows
 from lft import SOLVERS, FlowLayer, InputError, LFTForCausalLM, hidden_pair, load, load_teacher, replace_span, run_script, share
 from lft import trunk_of
 
@@ -172,8 +172,8 @@ def print_table(rows, config):
         error = "" if row["kl_stderr"] is None else f" +- {row['kl_stderr']:.4f}"
         nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
         kl = f"{row['kl']:.4f}{error}"
-        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17} {nmse:>7}", end="")
-        print(f" {row['perplexity']:>7.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
+        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17} {nmse:>7} ", end="")
+        print(f"{row['perplexity']:>7.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
 
 
 # ---- 4. Loading
@@ -230,8 +230,7 @@ def main():
     rows, documents = held_out_rows(data, tokens=args.tokens, test=True, **reading)
     fit_rows = None
     if not args.no_baselines:  # the linear maps learn from the student's own training text
-        fit_rows = itertools.islice(training_rows(training["data"], **reading), FIT_TOKENS // training["seq_len"])
-        fit_rows = torch.tensor([row["ids"] for row in fit_rows])
+        fit_rows = take(training_rows(training["data"], **reading), FIT_TOKENS // training["seq_len"])
     result = table(teacher, student, rows, documents, fit_rows)
     print(f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}")
     print(f"{rows.numel():,} test tokens of {' and '.join(data)}, from {len(documents.unique())} documents")

@@ -138,7 +138,7 @@ def check_span(model, start, end):
 
 def share(model):
     """A deep copy of a model that shares its weights."""
-    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})  # deepcopy takes these as copied
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})  # deepcopy keeps these as they are
 
 
 def replace_span(teacher, start, end, layer=None):

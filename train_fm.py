@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data import PILE, held_out_rows, training_rows
+from data import PILE, held_out_rows, take, training_rows
 from eval_kl import DEVICES, TOKEN_POWER, VALIDATION_TOKENS, evaluate, origins, token_errors
 from lft import InputError, LFTConfig, LFTForCausalLM, check_layers, check_span, hidden_pair, load_teacher, replace_span
 from lft import run_script, trunk_of
@@ -205,7 +205,7 @@ def train(args, loss_of, solver, k):
         torch.manual_seed((args.seed * 2_654_435_761 + step * world_size + rank) % 2**32)
         sums = torch.zeros(2, device=device)  # the loss, and signals received
         for _ in range(args.accumulate):
-            ids = torch.tensor([next(rows)["ids"] for _ in range(args.batch_size // (world_size * args.accumulate))]).to(device)
+            ids = take(rows, args.batch_size // (world_size * args.accumulate)).to(device)
             with autocast(device):
                 x0, x1, context = hidden_pair(trunk, ids, args.start)
                 loss = loss_of(functools.partial(u, **context), x0, x1, logits) / args.accumulate

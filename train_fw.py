@@ -21,7 +21,7 @@ def flow_walking_loss(
 ):  # fmt: skip
     """E‖x̂1 - x1‖² (Eq. 8), where x̂1 is x0 walked in k steps through random times 0 < t1 < … < 1, with gradients through all.
 
-    velocity, x0, x1: as in `flow_matching_loss`. alpha adds α·L_FM, the hybrid (Eq. 9). Our additions: times "equal" walks in equal
+    velocity, x0, x1: as in `flow_matching_loss`. alpha adds α·L_FM, the hybrid (Eq. 9). Our additions: times "equal" takes equal
     steps, as the student will; logit_weight adds that many times KL(logits(x1) || logits(x̂1)) in nats per token.
     """
     inner = torch.rand(k - 1, len(x0), 1, 1, device=x0.device).sort(dim=0).values  # one set per sequence

@@ -3,7 +3,8 @@
     python studies/crossing.py        # half a minute on one core; draws pictures/crossing.png
 
 Every x1 is -x0, so all straight paths meet in the middle at t = 1/2, where flow matching can only learn their mean velocity.
-Flow Walking is free to bend the paths; which way depends on the seed. A curve shows where a walk stands if it is stopped early.
+Flow Walking is free to bend the paths; which way depends on the seed. Curves show where walks stand if they are stopped early:
+100 midpoint steps after flow matching, 3 after Flow Walking, as in its training.
 """
 import sys
 from pathlib import Path

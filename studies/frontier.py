@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from data import held_out_rows, training_rows
+from data import held_out_rows, take, training_rows
 from eval_kl import DEVICES, evaluate, least_squares, standard_error
 from lft import load_teacher, replace_span, run_script, trunk_of
 
@@ -27,7 +27,8 @@ CHOICE_TOKENS, FIT_TOKENS = 2048, 32_768
 def cuts(teacher, fit_rows, start, end, longest):
     """All cuts of up to `longest` layers: {("skip" or "patch", n): {first layer: model}}, and {(first, n): linear map}."""
     trunk, models, linear = trunk_of(teacher, end), {}, {}
-    states = [trunk(ids, use_cache=False, output_hidden_states=True).hidden_states for ids in fit_rows.to(teacher.device).split(8)]
+    batches = fit_rows.to(teacher.device).split(8)
+    states = [trunk(ids, use_cache=False, output_hidden_states=True).hidden_states for ids in batches]
     for n in range(1, longest + 1):
         places = range(start, end - n + 1)
         linear |= {(i, n): least_squares((each[i], each[i + n]) for each in states).to(teacher.device) for i in places}
@@ -36,15 +37,15 @@ def cuts(teacher, fit_rows, start, end, longest):
     return models, linear
 
 
-def rivals(teacher, tokenizer, text, args):
-    """The rows of one text: dicts of start, end, text, kind, n, layers, kl, kl_stderr and time."""
+def rivals(teacher, models, linear, tokenizer, text, args):
+    """The best of all cuts on one text: dicts of start, end, text, kind, n, layers, kl, kl_stderr, time and tokens."""
     reading, lines = {"data": [text], "tokenizer": tokenizer, "seq_len": args.seq_len}, []
     validation, _ = held_out_rows(tokens=CHOICE_TOKENS, **reading)
     rows, documents = held_out_rows(tokens=args.tokens, test=True, **reading)
-    fit_rows = itertools.islice(training_rows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
-    models, linear = cuts(teacher, torch.tensor([row["ids"] for row in fit_rows]), args.start, max(args.end), args.longest)
-    scores = {key: evaluate(teacher, models[key], validation, args.start, max(args.end), " ".join(map(str, key))) for key in models}
-    kl = {(*key, i): score["kl"].mean().item() for key in scores for i, score in scores[key].items()}
+    kl = {}
+    for (kind, n), places in models.items():
+        scores = evaluate(teacher, places, validation, args.start, max(args.end), f"{kind} {n}")
+        kl |= {(kind, n, i): score["kl"].mean().item() for i, score in scores.items()}
     for end, n in itertools.product(args.end, range(1, args.longest + 1)):
         places, found = range(args.start, end - n + 1), {}
         for kind in ("skip", "patch") if places else ():
@@ -76,7 +77,9 @@ def main():
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
     teacher, tokenizer = load_teacher(args.teacher, args.device)
-    lines = [line for text in args.data for line in rivals(teacher, tokenizer, text, args)]
+    fit_rows = take(training_rows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
+    models, linear = cuts(teacher, fit_rows, args.start, max(args.end), args.longest)
+    lines = [line for text in args.data for line in rivals(teacher, models, linear, tokenizer, text, args)]
     Path(args.json).write_text(json.dumps(lines, indent=1) + "\n")
     for line in lines:
         print("{text}: {kind} {layers} in {start}..{end}, KL {kl:.4f}, time {time:.2f}".format(**line | {"end": line["end"] - 1}))

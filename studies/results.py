@@ -56,12 +56,13 @@ def load_table(file):
     method = {"fm": "flow matching", "fw": walking}.get(options["method"], options["method"])
     return SimpleNamespace(
         file=file, panel=(config.start, config.end, " ".join(made["data"])), made=made, seed=config.training["seed"], rows=rows,
-        options=options, trained=trained, method=f"{method}, {options['tokens'] / 1e6:.4g}M", curve=read_curve(file.parent, options),
+        options=options, trained=trained, method=f"{method}, {options['tokens'] / 1e6:.4g}M",
+        curve=read_curve(file.parent, options),
     )  # fmt: skip
 
 
 def group(tables):
-    """Tables by span and text, then by method: {(start, end, text): {method: tables}}. Raises InputError if they do not compare."""
+    """Tables by panel and method: {(start, end, text): {method: tables}}. Raises InputError if they cannot be compared."""
     words, groups = [table.method for table in tables], {}
     for table, method in zip(tables, words):
         for name in ("fingerprint", "tokens", "seq_len"):
@@ -104,24 +105,26 @@ def print_table(groups):
         for layers, by, tables, name in rows:
             kls = [table.rows[name]["kl"] for table in tables]
             kl = f"{statistics.mean(kls):.4f}" + (f" ± {statistics.stdev(kls):.4f}" if len(kls) > 1 else "")
-            cells = [text, layers, by, tables[0].rows[name]["evaluations"] or "-", kl, len(kls) if name.startswith("LFT") else "-"]
+            seeds = len(kls) if name.startswith("LFT") else "-"
+            cells = [text, layers, by, tables[0].rows[name]["evaluations"] or "-", kl, seeds]
             figures = [(mean(tables, name, key), form) for key, form in COLUMNS.values()]
             cells += ["-" if figure is None else format(figure, form) for figure, form in figures]
             print("|", " | ".join(map(str, cells)), "|")
 
 
-def draw_time(axes, panel, methods, rivals):
+def draw_time(axes, methods, rivals):
     """A line for each kind of rival and each method, a marker for each number of layers and each solver."""
     for kind, marker in ("skip", "s"), ("patch", "D"), ("two patches", "P"):
         points = sorted((line["time"], line["kl"]) for line in rivals if line["kind"] == kind)
-        axes.plot(*zip(*points), f"{marker}--", color="gray", ms=5, lw=1, label=kind) if points else None
+        if points:
+            axes.plot(*zip(*points), f"{marker}--", color="gray", ms=5, lw=1, label=kind)
     for method, tables in methods.items():
         points = sorted((mean(tables, name, "prefill_time"), mean(tables, name)) for name in flow_rows(tables))
         axes.plot(*zip(*points), "o-", ms=5, lw=1, label=method)
     axes.set(xlabel="time of a forward pass, relative to the teacher", ylabel="KL, nats per token: lower is better", yscale="log")
 
 
-def draw_tokens(axes, panel, methods, rivals):
+def draw_tokens(axes, methods, rivals):
     for number, (method, tables) in enumerate(methods.items()):
         for table in tables:
             axes.plot(*zip(*table.curve), "o-", color=f"C{number}", ms=3, lw=1, label=method if table is tables[0] else None)
@@ -143,7 +146,7 @@ def main():
     for draw_panel, name in (draw_time, "time.png"), (draw_tokens, "tokens.png"):
         figure, grid = pyplot.subplots(*shape, figsize=(6 * shape[1], 4.5 * shape[0]), layout="constrained", squeeze=False)
         for axes, (panel, methods) in zip(grid.flat, groups.items()):
-            draw_panel(axes, panel, methods, [line for line in lines if (line["start"], line["end"], line["text"]) == panel])
+            draw_panel(axes, methods, [line for line in lines if (line["start"], line["end"], line["text"]) == panel])
             axes.set_title(f"{panel[2]}: layers {panel[0]}..{panel[1] - 1}")
             axes.legend(fontsize=7)
         figure.savefig(f"{args.pictures}/{name}", dpi=80)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from tqdm import tqdm
 
-from data import training_rows
+from data import take, training_rows
 from eval_kl import DEVICES
 from lft import load_teacher, run_script, trunk_of
 from studies.results import optimize, pyplot
@@ -67,8 +67,8 @@ def main():
     args = parser.parse_args()
     teacher, tokenizer = load_teacher(args.teacher, args.device)
     n = len(teacher.get_decoder().layers)
-    rows = itertools.islice(training_rows(args.data, tokenizer, min(256, teacher.config.max_position_embeddings)), args.rows)
-    found = ratios(teacher, torch.tensor([row["ids"] for row in rows]))
+    rows = training_rows(args.data, tokenizer, min(256, teacher.config.max_position_embeddings))
+    found = ratios(teacher, take(rows, args.rows))
     spans = [(*found[:, start, start + args.length].tolist(), start) for start in range(n - args.length + 1)]
     print(f"{'layers':>8}{'R':>8}{'moved':>8}{'largest':>9}")
     for ratio, moved, largest, start in sorted(spans):

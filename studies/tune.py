@@ -4,7 +4,6 @@
     python eval_kl.py runs/tuned
 """
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from tqdm import tqdm
 
-from data import training_rows
+from data import take, training_rows
 from eval_kl import DEVICES, kl_divergence, load_student
 from lft import load_teacher, run_script
 
@@ -40,7 +39,7 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     rows = iter(training_rows(training["data"], tokenizer, training["seq_len"], seed=1))
     for _ in tqdm(range(args.max_steps), unit="step"):
-        ids = torch.tensor([row["ids"] for row in itertools.islice(rows, args.batch_size)]).to(student.device)
+        ids = take(rows, args.batch_size).to(student.device)
         with torch.no_grad():
             log_p = teacher(ids, use_cache=False).logits.log_softmax(dim=-1)
         kl_divergence(log_p, student(ids, use_cache=False).logits.log_softmax(dim=-1)).mean().backward()

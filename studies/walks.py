@@ -4,12 +4,11 @@
 
     timeless   the velocity never sees t: the time network stays at zero
     waypoints  each landing is also compared with the teacher's state at that depth; this term fades out
-    linear     the flow starts at x0 + (W x0 + b - x0): a least-squares map comes before it, and its gates start at zero
+    linear     the flow starts from the least-squares map, W x0 + b, with its gates at zero
 
-All walk in equal steps (train_fw.py --times equal). Only the scores in log.jsonl count: the saved students are incomplete.
+All walk in equal steps (train_fw.py --times equal). The linear map cannot be saved: of that run only the log is left.
 """
 import functools
-import itertools
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train_fm
+from data import take, training_rows
 from eval_kl import fit_linear, token_errors
 from lft import FlowLayer, hidden_pair, midpoint, run_script, trunk_of
 from train_fw import flow_walking_loss
@@ -53,8 +53,8 @@ def timeless_student(*args):
 def linear_student(args, *rest):
     """A student whose flow starts from the least-squares map, in training and in use."""
     teacher, tokenizer, student = make_student(args, *rest)
-    rows = itertools.islice(train_fm.training_rows(args.data, tokenizer, args.seq_len), 32_768 // args.seq_len)
-    linear = fit_linear(teacher, torch.tensor([row["ids"] for row in rows]), args.start, args.end)
+    rows = take(training_rows(args.data, tokenizer, args.seq_len), 32_768 // args.seq_len)
+    linear = fit_linear(teacher, rows, args.start, args.end)
     student.flow.velocity.time_mlp[-1].bias.data.view(6, -1)[[2, 5]] = -1.0  # α = 1 + gate = 0
     student.flow.walk = lambda velocity, x: FlowLayer.walk(student.flow, velocity, linear(x))
     train_fm.hidden_pair = lambda *pair: (linear((found := hidden_pair(*pair))[0]), *found[1:])
@@ -76,6 +76,8 @@ def main():
     else:
         parser.error("the first argument is timeless, waypoints or linear")
     train_fm.train(args, loss_of, "midpoint", K)
+    if variant == "linear":
+        (Path(args.out) / "model.safetensors").unlink()  # without its map it would be scored as another model
 
 
 if __name__ == "__main__":
