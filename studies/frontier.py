@@ -46,6 +46,7 @@ def rivals(teacher, models, linear, tokenizer, text, args):
     for (kind, n), places in models.items():
         scores = evaluate(teacher, places, validation, args.start, max(args.end), f"{kind} {n}")
         kl |= {(kind, n, i): score["kl"].mean().item() for i, score in scores.items()}
+    chosen = {}  # the model of each row; the best place inside one span may be the best inside another
     for end, n in itertools.product(args.end, range(1, args.longest + 1)):
         places, found = range(args.start, end - n + 1), {}
         for kind in ("skip", "patch") if places else ():
@@ -55,11 +56,14 @@ def rivals(teacher, models, linear, tokenizer, text, args):
             i, j = min(pairs, key=lambda pair: sum(kl["patch", n, i] for i in pair))
             both = replace_span(models["patch", n][j], i, i + n, linear[i, n])
             found["two patches"] = f"{i}..{i + n - 1} and {j}..{j + n - 1}", both
-        best = evaluate(teacher, {kind: model for kind, (_, model) in found.items()}, rows, args.start, end, f"test text, {n}")
-        for kind, score in best.items():
-            line = {"start": args.start, "end": end, "text": text, "kind": kind, "n": n, "layers": found[kind][0]}
-            line |= {"kl": score["kl"].mean().item(), "kl_stderr": standard_error(score["kl"], documents)}
-            lines.append(line | {"time": score["time"].median().item(), "tokens": rows.numel()})
+        for kind, (layers, model) in found.items():
+            chosen.setdefault((kind, layers), model)
+            lines.append({"start": args.start, "end": end, "text": text, "kind": kind, "n": n, "layers": layers})
+    scores = evaluate(teacher, chosen, rows, args.start, max(args.end), "test text")
+    for line in lines:
+        score = scores[line["kind"], line["layers"]]
+        line |= {"kl": score["kl"].mean().item(), "kl_stderr": standard_error(score["kl"], documents)}
+        line |= {"time": score["time"].median().item(), "tokens": rows.numel()}
     return lines
 
 

@@ -1,89 +1,151 @@
-"""Pretrain the embedded teacher: a 24-layer, width-128 GPT-NeoX on the Python standard library's source.
+"""Pretrain the embedded teacher: a 24-layer, width-128 GPT-NeoX on Python source and English.
 
-    python -m tiny_teacher.pretrain                  # 75 minutes on two cores, into runs/tiny_teacher
+    make speeches
+    .venv/bin/python -m tiny_teacher.pretrain        # into runs/tiny_teacher
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
-Pythia-410M's architecture at a 77th of its size, with as many layers, so that a span such as 6 -> 18 means the
-same on both. It learns from the training files of `--data stdlib` (see data.py); the held-out files are never shown.
+Pythia-410M's architecture at a 70th of its size, with as many layers, so that a span such as 6 -> 18 means the same on both.
 """
 import argparse
 import copy
-from pathlib import Path
+import math
+import sysconfig
 
 import torch
+import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from data import documents, pack
+from eval_kl import DEVICES
+from train_fm import autocast
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--out", default="runs/tiny_teacher", help="folder to write (default %(default)s)")
-parser.add_argument("--max-steps", type=int, default=3000, help="optimizer steps of 16 x 256 tokens (default %(default)s)")
-parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="seed of weights and order of text (default %(default)s)")
-args = parser.parse_args()
-torch.manual_seed(args.seed)
-
+OWN = "stdlib", "speeches"  # the training part of these; the rest is the source of packages that requirements.txt installs
+TEXTS = "datasets huggingface_hub mpmath networkx numpy pandas pyarrow speeches stdlib sympy torch transformers".split()
+VOCABULARY, SEQ_LEN, BATCH_SIZE, WARM_UP = 4096, 256, 64, 100
 END_OF_TEXT = "<|endoftext|>"
-bpe = ByteLevelBPETokenizer()
-bpe.train_from_iterator(documents("stdlib", held_out=False)[0], vocab_size=2048, special_tokens=[END_OF_TEXT], show_progress=False)
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
-tokenizer.save_pretrained(args.out)
 
 
-def sequences(texts):
-    """The texts joined, each closed by the end-of-text token, and cut: ids (sequences, 256)."""
-    return torch.tensor(pack({"text": texts}, range(len(texts)), tokenizer, 256, cut=(0, 1))["ids"])
+# ---- 1. The text
+def long_lines(document):
+    return [line for line in document.splitlines() if len(line) >= 30]
 
 
-train, held_out = (sequences(documents("stdlib", part)[0]) for part in (False, True))
-print(f"text: {train.numel():,} training tokens, {held_out.numel():,} held out", flush=True)
-
-config = GPTNeoXConfig(
-    vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
-    max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
-)
-# Eager attention: at this size, in bf16 on a CPU, it is faster than sdpa.
-model = GPTNeoXForCausalLM._from_config(config, attn_implementation="eager")
-# Muon for the matrices of the layers, AdamW for everything else; scaled so that one learning rate suits both.
-matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
-others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or ".layers." not in name]
-optimizers = [
-    torch.optim.Muon(matrices, lr=args.lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
-]
-schedules = [get_cosine_schedule_with_warmup(optimizer, 100, args.max_steps) for optimizer in optimizers]
+def read_text(name, held_out_lines):
+    """The training documents of one text, and the part of each to keep; without copies of held-out library files."""
+    if name in OWN:
+        return documents(name, held_out=False)
+    files, cut = documents(f"{sysconfig.get_path('purelib')}/{name}/**/*.py", held_out=False)
+    return [file for file in files if sum(line in held_out_lines for line in (lines := long_lines(file))) <= len(lines) / 10], cut
 
 
-def autocast():
-    return torch.autocast("cpu", torch.bfloat16)
+def make_tokenizer(texts):
+    """A byte-level BPE, trained on our own texts and on a tenth of the packages' files."""
+    bpe = ByteLevelBPETokenizer()
+    sample = [document for name, (found, _) in texts.items() for document in found[:: 1 if name in OWN else 10]]
+    bpe.train_from_iterator(sample, vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
 
 
-@torch.no_grad()
-def held_out_loss():
-    """Mean loss of the model on the held-out files, in nats per token."""
-    return sum(model(ids, labels=ids, use_cache=False).loss.item() for ids in held_out.split(1)) / len(held_out)
+def sequences(found, cut, tokenizer):
+    """The documents joined, each closed by the end-of-text token, and cut: ids (sequences, SEQ_LEN)."""
+    parts = [found[i : i + 200] for i in range(0, len(found), 200)]  # the ids of all texts as Python numbers would take gigabytes
+    rows = [pack({"text": part}, range(len(part)), tokenizer, SEQ_LEN, cut)["ids"] for part in parts]
+    return torch.cat([torch.tensor(ids, dtype=torch.int32).view(-1, SEQ_LEN) for ids in rows])
 
 
-def batches():
+# ---- 2. The optimizer
+class Muon:
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", all matrices of one shape at once: there are 96."""
+
+    def __init__(self, weights, momentum=0.95, weight_decay=0.1):
+        self.momentum, self.weight_decay, self.groups = momentum, weight_decay, {}
+        for weight in weights:
+            self.groups.setdefault(weight.shape, []).append(weight)
+        self.averages = {shape: torch.zeros(len(group), *shape).to(group[0]) for shape, group in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self, lr):
+        for shape, group in self.groups.items():
+            gradient, average = torch.stack([weight.grad for weight in group]), self.averages[shape]
+            average.lerp_(gradient, 1 - self.momentum)
+            x = gradient.lerp(average, self.momentum).bfloat16()
+            x = x.mT if shape[0] > shape[1] else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz: the singular values move to about 1
+                square = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            x = x.mT if shape[0] > shape[1] else x
+            torch._foreach_mul_(group, 1 - lr * self.weight_decay)
+            torch._foreach_sub_(group, list((x * (lr * 0.2 * math.sqrt(max(shape)))).float().unbind()))
+
+
+# ---- 3. Training
+def batches(rows):
     while True:  # one pass over the text after another, each in an order of its own
-        for index in torch.randperm(len(train))[: len(train) // 16 * 16].view(-1, 16):
-            yield train[index]
+        for index in torch.randperm(len(rows), device=rows.device)[: len(rows) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE):
+            yield rows[index].long()
 
 
-progress = tqdm(zip(range(1, args.max_steps + 1), batches()), total=args.max_steps, mininterval=10)
-for step, ids in progress:
-    with autocast():
-        loss = model(ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for stepper in optimizers + schedules:
-        stepper.step()
-    model.zero_grad()
-    progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    if step % 600 == 0 or step == args.max_steps:
-        copy.deepcopy(model).half().save_pretrained(args.out)
+def next_token_loss(model, ids):
+    logits = model(ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
-model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # the fp16 weights that everyone loads
-print(f"held-out loss {held_out_loss():.3f} nats per token")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", default="runs/tiny_teacher", help="folder to write (default: %(default)s)")
+    add("--max-steps", type=int, default=3650, help="optimizer steps of 64 x 256 tokens (default: %(default)s, one pass)")
+    add("--lr", type=float, default=8e-3, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the weights and the order of text (default: %(default)s)")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (default: %(default)s)")
+    args = parser.parse_args()
+    held_out_lines = {line for document in documents("stdlib", held_out=True)[0] for line in long_lines(document)}
+    texts = {name: read_text(name, held_out_lines) for name in TEXTS}
+    tokenizer = make_tokenizer(texts)
+    tokenizer.save_pretrained(args.out)
+    train = torch.cat([sequences(*found, tokenizer) for found in texts.values()]).to(args.device)
+    held_out = {name: sequences(*documents(name, held_out=True), tokenizer).to(args.device) for name in OWN}
+    print(f"text: {train.numel():,} training tokens", *(f"{ids.numel():,} held out of {name}" for name, ids in held_out.items()))
+
+    torch.manual_seed(args.seed)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config).to(args.device)
+    matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
+    embeddings, vectors = [model.gpt_neox.embed_in.weight, model.embed_out.weight], [w for w in model.parameters() if w.ndim < 2]
+    muon = Muon(matrices)
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+    progress = tqdm(zip(range(1, args.max_steps + 1), batches(train)), total=args.max_steps, mininterval=10)
+    for step, ids in progress:
+        with autocast(model.device):
+            loss = next_token_loss(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.max_steps)) / 2
+        lr = args.lr * min(1, step / WARM_UP) * cosine
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        muon.step(lr)
+        adamw.step()
+        model.zero_grad()
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % 600 == 0 or step == args.max_steps:
+            copy.deepcopy(model).half().save_pretrained(args.out)
+
+    model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)  # from float16, as users load it
+    for name, rows in held_out.items():
+        with torch.no_grad():
+            losses = [next_token_loss(model, ids.long()).item() for ids in rows.split(1)]
+        print(f"held-out loss on {name}: {sum(losses) / len(losses):.3f} nats per token")
+
+
+if __name__ == "__main__":
+    main()
