@@ -229,7 +229,7 @@ def test_two_threads_do_not_mix_their_caches():
 # ---- The teacher and the saved student
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
-    folder, teacher = tmp_path_factory.mktemp("teacher"), random_teacher(vocab_size=2048)
+    folder, teacher = tmp_path_factory.mktemp("teacher"), random_teacher(vocab_size=4096)
     teacher.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[0, 5], repetition_penalty=1.3, max_new_tokens=9)
     teacher.save_pretrained(folder), TOKENIZER.save_pretrained(folder)
     return folder
@@ -246,16 +246,16 @@ def edit_json(path, edit):
     edit(content)
     path.write_text(json.dumps(content))
 
-@pytest.mark.parametrize("vocabulary, eos", [(2048, "<|endoftext|>"), (2047, "<|endoftext|>"), (2048, None)])
+@pytest.mark.parametrize("vocabulary, eos", [(4096, "<|endoftext|>"), (4095, "<|endoftext|>"), (4096, None)])
 def test_teacher_is_loaded_frozen_if_its_tokenizer_fits(tmp_path, vocabulary, eos):
     random_teacher(vocab_size=vocabulary).half().save_pretrained(tmp_path), TOKENIZER.save_pretrained(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", lambda config: config.update(eos_token=eos))
-    with contextlib.nullcontext() if eos and vocabulary == 2048 else pytest.raises(lft.InputError, match="tokenizer"):
+    with contextlib.nullcontext() if eos and vocabulary == 4096 else pytest.raises(lft.InputError, match="tokenizer"):
         teacher, _ = lft.load_teacher(str(tmp_path))
         assert {(w.dtype, w.requires_grad) for w in teacher.parameters()} == {(torch.float32, False)} and not teacher.training
 
 def test_integer_weights_are_refused_and_quantization_config_dropped(teacher_folder, monkeypatch):
-    teacher, report = random_teacher(vocab_size=2048), {"missing_keys": set(), "unexpected_keys": set()}
+    teacher, report = random_teacher(vocab_size=4096), {"missing_keys": set(), "unexpected_keys": set()}
     teacher.config.quantization_config = {"quant_method": "fp8"}
     monkeypatch.setattr(lft.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (teacher, report))
     assert "quantization_config" not in lft.load_teacher(str(teacher_folder))[0].config.to_dict()
@@ -474,19 +474,20 @@ def linear_by_hand(teacher, rows, start, end, power):
     linear.weight.data, linear.bias.data = solution[:-1].T.contiguous(), solution[-1]
     return linear
 
-@pytest.mark.parametrize("start, end, power", [(1, 4, 2.0), (0, 5, 1.0), (4, 6, None)])
-def test_table_rows_equal_their_models(start, end, power):
+@pytest.mark.parametrize("start, end, power, n", [(1, 5, 2.0, 2), (0, 12, 1.0, 3), (4, 6, None, None)])
+def test_table_rows_equal_their_models(start, end, power, n):
+    teacher = random_teacher(num_hidden_layers=13)
     rows, documents, fit_rows = random_rows(60, 24), torch.arange(60) // 2, random_rows(399, 24)[200:]
-    student = student_of(SMALL, start, end, "midpoint", 5)
+    student = student_of(teacher, start, end, "midpoint", 5)
     student.config.training = {"token_power": power}
-    table = {row["name"]: row for row in eval_kl.table(SMALL, student, rows, documents, fit_rows if power else None)}
-    teacher_logits, span, places, means = SMALL(rows).logits, f"{start}..{end - 1}", {"teacher": "-"}, {}
+    table = {row["name"]: row for row in eval_kl.table(teacher, student, rows, documents, fit_rows if power else None)}
+    teacher_logits, span, places, means = teacher(rows).logits, f"{start}..{end - 1}", {"teacher": "-"}, {}
     kl_by_row = lambda model: double_kl(teacher_logits, model(rows, use_cache=False).logits).mean(1)
-    patched = lambda i, j: lft.replace_span(SMALL, i, j, linear_by_hand(SMALL, fit_rows, i, j, power))
-    models = {f"LFT {solver} x{k}": student_of(SMALL, start, end, solver, k) for solver in lft.SOLVERS for k in (1, 2, 3, 5, 8)}
-    models |= {"teacher": SMALL, "span dropped": lft.replace_span(SMALL, start, end)}
-    for n in (2, 3) if power else ():
-        skips = {i: lft.replace_span(SMALL, i, i + n) for i in range(start, end - n + 1)}
+    patched = lambda i, j: lft.replace_span(teacher, i, j, linear_by_hand(teacher, fit_rows, i, j, power))
+    models = {f"LFT {solver} x{k}": student_of(teacher, start, end, solver, k) for solver in lft.SOLVERS for k in (1, 3, 5)}
+    models |= {"teacher": teacher, "span dropped": lft.replace_span(teacher, start, end)}
+    if power:
+        skips = {i: lft.replace_span(teacher, i, i + n) for i in range(start, end - n + 1)}
         kls = {i: kl_by_row(model) for i, model in skips.items()}
         best, means[f"skip {n}, mean inside span"] = min(kls, key=lambda i: kls[i].mean()), sum(kls.values()) / len(kls)
         for where, i in (("best inside span", best), ("first of span", start), ("patched", best)):
@@ -494,7 +495,7 @@ def test_table_rows_equal_their_models(start, end, power):
             models[f"skip {n}, {where}"] = patched(i, i + n) if where == "patched" else skips[i]
     models |= {"linear map": patched(start, end)} if power else {}
     assert table.keys() == models.keys() | means.keys() and [*table][:2] == ["teacher", "LFT euler x1"]
-    x0, x1, context = lft.hidden_pair(lft.trunk_of(SMALL, end), rows, start)
+    x0, x1, context = lft.hidden_pair(lft.trunk_of(teacher, end), rows, start)
     stderr = lambda kl: pytest.approx((kl.view(30, 2).mean(1).std() / 30**0.5).item(), rel=1e-2, abs=1e-6)
     for name, model in models.items():
         row, kl, logits, evaluations = table[name], kl_by_row(model), model(rows, use_cache=False).logits.double(), []
@@ -599,7 +600,7 @@ def test_run_is_a_model_and_its_scores_are_true(run, tmp_path, teacher_folder, t
     out, table = tmp_path / "run", tmp_path / "table.json"
     printed = run(train_fw, out=out, solver="euler", k=2, seq_len=16)
     assert "layers 1..3" in printed and str(out) in printed.splitlines()[-1] and not any(path.is_dir() for path in out.iterdir())
-    student, teacher = eval_kl.load_student(out), random_teacher(vocab_size=2048)
+    student, teacher = eval_kl.load_student(out), random_teacher(vocab_size=4096)
     config, training = student.config, student.config.training
     assert (config.start, config.end, config.solver, config.k, config.teacher) == (1, 4, "euler", 2, str(teacher_folder))
     assert (training["tokens"], training["max_steps"], training["data"]) == (3 * 8 * 16, 3, [str(text)])
@@ -643,7 +644,7 @@ def test_loop_takes_the_steps_by_hand(run, tmp_path, monkeypatch, text):
     drawn = record_times(monkeypatch.setattr)
     run(train_fm, out=tmp_path / "run", lr=0.005, **options)
     start, trained = (eval_kl.load_student(tmp_path / name).flow.velocity for name in ("start", "run"))
-    velocity, trunk, losses, kinds = copy.deepcopy(start).requires_grad_(), lft.trunk_of(random_teacher(vocab_size=2048), 4), [], {}
+    velocity, trunk, losses, kinds = copy.deepcopy(start).requires_grad_(), lft.trunk_of(random_teacher(vocab_size=4096), 4), [], {}
     for name, weight in velocity.named_parameters():
         kinds.setdefault("vectors" if weight.ndim < 2 else "time_mlp" if "time_mlp" in name else "matrices", {})[name] = weight
     optimizers = [torch.optim.Muon(kinds["matrices"].values(), momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
@@ -694,13 +695,13 @@ def test_loss_gets_the_teachers_logits(run, tmp_path, monkeypatch, text):
     seen, loss_of = [], train_fw.flow_walking_loss
     spy = lambda u, x0, x1, logits, **own: seen.append(logits(x1)) or loss_of(u, x0, x1, **own)
     monkeypatch.setattr(train_fw, "flow_walking_loss", spy), run(train_fw, max_steps=1, out=tmp_path)
-    close(seen[0], random_teacher(vocab_size=2048)(first_rows(text, 8)).logits)
+    close(seen[0], random_teacher(vocab_size=4096)(first_rows(text, 8)).logits)
 
 @pytest.mark.parametrize("init, start, end, layer", [("first", 0, 3, 0), ("middle", 1, 6, 3), (5, 1, 4, 5), (0, 2, 4, 0)])
 def test_init_names_the_layer_to_start_from(run, tmp_path, init, start, end, layer):
     run(train_fm, start=start, end=end, init=init, max_steps=1, lr=0, out=tmp_path)
     found = eval_kl.load_student(tmp_path).flow.velocity.mlp.dense_h_to_4h.weight
-    weights = [each.mlp.dense_h_to_4h.weight for each in layers_of(random_teacher(vocab_size=2048))]
+    weights = [each.mlp.dense_h_to_4h.weight for each in layers_of(random_teacher(vocab_size=4096))]
     assert [number for number, weight in enumerate(weights) if torch.equal(weight, found)] == [layer]
 
 def test_log_grows_while_training(run, tmp_path, monkeypatch):
@@ -934,7 +935,7 @@ def call(module, *options):
 def study(tmp_path_factory):
     """A folder with a random teacher, a text, and a run of flow matching with its table."""
     folder = tmp_path_factory.mktemp("study")
-    config = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
     GPTNeoXForCausalLM(GPTNeoXConfig(**config, max_position_embeddings=128, eos_token_id=0)).save_pretrained(folder / "teacher")
     AutoTokenizer.from_pretrained(Path(lft.__file__).parent / "tiny_teacher").save_pretrained(folder / "teacher")
     (folder / "text.txt").write_text("\n".join(f"line {i} of a text of {i * i} tokens" for i in range(3000)))

@@ -5,6 +5,8 @@
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
 Pythia-410M's architecture at a 70th of its size, with as many layers, so that a span such as 6 -> 18 means the same on both.
+The model grows from 6 to 12 to 24 layers while it trains. A student of it has more to gain from a good flow: in the grown model,
+removing three layers costs more than in one that was trained with 24 layers from the start.
 """
 import argparse
 import copy
@@ -14,6 +16,7 @@ import sysconfig
 import torch
 import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ from train_fm import autocast
 OWN = "stdlib", "speeches"  # the training part of these; the rest is the source of packages that requirements.txt installs
 TEXTS = "datasets huggingface_hub mpmath networkx numpy pandas pyarrow speeches stdlib sympy torch transformers".split()
 VOCABULARY, SEQ_LEN, BATCH_SIZE, WARM_UP = 4096, 256, 64, 100
+GROW_AT = 0.25, 0.5  # of the run; each time the number of layers doubles
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -32,12 +36,18 @@ def long_lines(document):
     return [line for line in document.splitlines() if len(line) >= 30]
 
 
+def is_copy(document, held_out_lines):
+    """Whether more than a tenth of its long lines also stand in held-out files, as in a vendored copy of one."""
+    lines = long_lines(document)
+    return sum(line in held_out_lines for line in lines) > len(lines) / 10
+
+
 def read_text(name, held_out_lines):
     """The training documents of one text, and the part of each to keep; without copies of held-out library files."""
     if name in OWN:
         return documents(name, held_out=False)
     files, cut = documents(f"{sysconfig.get_path('purelib')}/{name}/**/*.py", held_out=False)
-    return [file for file in files if sum(line in held_out_lines for line in (lines := long_lines(file))) <= len(lines) / 10], cut
+    return [file for file in files if not is_copy(file, held_out_lines)], cut
 
 
 def make_tokenizer(texts):
@@ -55,7 +65,7 @@ def sequences(found, cut, tokenizer):
     return torch.cat([torch.tensor(ids, dtype=torch.int32).view(-1, SEQ_LEN) for ids in rows])
 
 
-# ---- 2. The optimizer
+# ---- 2. The optimizers
 class Muon:
     """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", all matrices of one shape at once: there are 96."""
 
@@ -81,7 +91,27 @@ class Muon:
             torch._foreach_sub_(group, list((x * (lr * 0.2 * math.sqrt(max(shape)))).float().unbind()))
 
 
+def make_optimizers(model):
+    """Muon for the layers' matrices, AdamW for the rest; only matrices decay."""
+    matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
+    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return Muon(matrices), torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
 # ---- 3. Training
+@torch.no_grad()
+def grow(model):
+    """Put two copies in the place of each layer, each doing half as much, so that the model predicts almost as before."""
+    layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.gpt_neox.layers for _ in range(2))
+    for number, layer in enumerate(layers):
+        layer.attention.layer_idx = number
+        for weight in (*layer.attention.dense.parameters(), *layer.mlp.dense_4h_to_h.parameters()):
+            weight /= 2
+    model.gpt_neox.layers, model.config.num_hidden_layers = layers, len(layers)
+
+
 def batches(rows):
     while True:  # one pass over the text after another, each in an order of its own
         for index in torch.randperm(len(rows), device=rows.device)[: len(rows) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE):
@@ -112,18 +142,16 @@ def main():
 
     torch.manual_seed(args.seed)
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=24, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
         max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).to(args.device)
-    matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
-    embeddings, vectors = [model.gpt_neox.embed_in.weight, model.embed_out.weight], [w for w in model.parameters() if w.ndim < 2]
-    muon = Muon(matrices)
-    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-
+    muon, adamw = make_optimizers(model)
     progress = tqdm(zip(range(1, args.max_steps + 1), batches(train)), total=args.max_steps, mininterval=10)
     for step, ids in progress:
+        if step - 1 in [int(share * args.max_steps) for share in GROW_AT]:
+            grow(model)
+            muon, adamw = make_optimizers(model)
         with autocast(model.device):
             loss = next_token_loss(model, ids)
         loss.backward()
