@@ -165,8 +165,10 @@ PAPER = {6: f"paper, flow matching: {0.407 / 0.529:.2f}", 12: f"paper, Flow Walk
 def print_table(rows, config, title):
     """Print how the flow, as trained, compares with skipping layers; then the title and the table."""
     kl, trained = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}"
-    if ratios := [f"{kl[trained] / kl[name]:.2f} {name}" for name in kl if name.startswith("skip") and "patched" not in name]:
-        print(f"KL of {trained} over that of {', '.join(ratios)} ({PAPER.get(config.end - config.start, 'not in the paper')})")
+    if skipped := [name for name in kl if name.startswith("skip") and "patched" not in name]:
+        ratios = ", ".join(f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in skipped)
+        paper = PAPER.get(config.end - config.start, "not in the paper")
+        print(f"KL of {trained} over that of {skipped[0].split(',')[0]}: {ratios} ({paper})")
     print(title)
     print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how")
     print("often the most likely token is the teacher's. weights: millions. time: forward pass, relative to the teacher.\n")

@@ -475,7 +475,7 @@ def linear_by_hand(teacher, rows, start, end, power):
     return linear
 
 @pytest.mark.parametrize("start, end, power, n", [(1, 5, 2.0, 2), (0, 12, 1.0, 3), (4, 6, None, None)])
-def test_table_rows_equal_their_models(start, end, power, n):
+def test_table_rows_equal_their_models(start, end, power, n, capsys):
     teacher = random_teacher(num_hidden_layers=13)
     rows, documents, fit_rows = random_rows(60, 24), torch.arange(60) // 2, random_rows(399, 24)[200:]
     student = student_of(teacher, start, end, "midpoint", 5)
@@ -514,6 +514,9 @@ def test_table_rows_equal_their_models(start, end, power, n):
         assert "patched" in name or (row["nmse"] is None) != (name.startswith("LFT") or name == "linear map")
     for name, kl in means.items():
         assert table[name]["kl"] == pytest.approx(kl.mean().item(), rel=1e-3) and table[name]["kl_stderr"] == stderr(kl)
+        ratio = f"{table['LFT midpoint x5']['kl'] / table[name]['kl']:.2f} mean inside span"
+        eval_kl.print_table([*table.values()], student.config, "title")
+        assert ratio in (first := capsys.readouterr().out.split("\n")[0]) and ("Flow Walking: 0.79" in first) == (end == 12)
     assert table["teacher"]["kl"] == 0
     assert eval_kl.standard_error(random_rows(9).float(), torch.zeros(9)) is None  # of one document
 
