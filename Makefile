@@ -5,8 +5,8 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	rm -rf runs/demo
-	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 650 --out runs/demo
-	.venv/bin/python eval_kl.py runs/demo --tokens 16384
+	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 600 --out runs/demo
+	.venv/bin/python eval_kl.py runs/demo --tokens 8192
 
 test: .venv/installed-for-studies
 	.venv/bin/python -m pytest -q test_lft.py
