@@ -5,8 +5,8 @@
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
 Pythia-410M's architecture at a 70th of its size, with as many layers, so that a span such as 6 -> 18 means the same on both.
-The model grows from 6 to 12 to 24 layers while it trains. A student of it has more to gain from a good flow: in the grown model,
-removing three layers costs more than in one that was trained with 24 layers from the start.
+The model grows from 6 to 12 to 24 layers while it trains. That makes skipping three layers cost more at the mean place, on Python
+source, than in a model that has 24 layers from the start (README.md).
 """
 import argparse
 import copy
