@@ -14,7 +14,6 @@ import math
 import sysconfig
 
 import torch
-import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from tqdm import tqdm
@@ -66,44 +65,20 @@ def sequences(found, cut, tokenizer):
 
 
 # ---- 2. The optimizers
-class Muon:
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", all matrices of one shape at once: there are 96."""
-
-    def __init__(self, weights, momentum=0.95, weight_decay=0.1):
-        self.momentum, self.weight_decay, self.groups = momentum, weight_decay, {}
-        for weight in weights:
-            self.groups.setdefault(weight.shape, []).append(weight)
-        self.averages = {shape: torch.zeros(len(group), *shape).to(group[0]) for shape, group in self.groups.items()}
-
-    @torch.no_grad()
-    def step(self, lr):
-        for shape, group in self.groups.items():
-            gradient, average = torch.stack([weight.grad for weight in group]), self.averages[shape]
-            average.lerp_(gradient, 1 - self.momentum)
-            x = gradient.lerp(average, self.momentum).bfloat16()
-            x = x.mT if shape[0] > shape[1] else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(5):  # Newton-Schulz: the singular values move to about 1
-                square = x @ x.mT
-                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-            x = x.mT if shape[0] > shape[1] else x
-            torch._foreach_mul_(group, 1 - lr * self.weight_decay)
-            torch._foreach_sub_(group, list((x * (lr * 0.2 * math.sqrt(max(shape)))).float().unbind()))
-
-
 def make_optimizers(model):
     """Muon for the layers' matrices, AdamW for the rest; only matrices decay."""
     matrices = [weight for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2]
     embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return Muon(matrices), torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ---- 3. Training
 @torch.no_grad()
 def grow(model):
-    """Put two copies in the place of each layer, each doing half as much, so that the model predicts almost as before."""
+    """Replace each layer by two copies that each do half as much, so that the predictions hardly change."""
     layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.gpt_neox.layers for _ in range(2))
     for number, layer in enumerate(layers):
         layer.attention.layer_idx = number
@@ -116,11 +91,6 @@ def batches(rows):
     while True:  # one pass over the text after another, each in an order of its own
         for index in torch.randperm(len(rows), device=rows.device)[: len(rows) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE):
             yield rows[index].long()
-
-
-def next_token_loss(model, ids):
-    logits = model(ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def main():
@@ -146,23 +116,23 @@ def main():
         max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).to(args.device)
-    muon, adamw = make_optimizers(model)
+    optimizers = make_optimizers(model)
     progress = tqdm(zip(range(1, args.max_steps + 1), batches(train)), total=args.max_steps, mininterval=10)
     for step, ids in progress:
         if step - 1 in [int(share * args.max_steps) for share in GROW_AT]:
             grow(model)
-            muon, adamw = make_optimizers(model)
+            optimizers = make_optimizers(model)
         with autocast(model.device):
-            loss = next_token_loss(model, ids)
+            loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.max_steps)) / 2
         lr = args.lr * min(1, step / WARM_UP) * cosine
-        for group in adamw.param_groups:
-            group["lr"] = lr
-        muon.step(lr)
-        adamw.step()
-        model.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % 600 == 0 or step == args.max_steps:
@@ -171,7 +141,7 @@ def main():
     model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)  # from float16, as users load it
     for name, rows in held_out.items():
         with torch.no_grad():
-            losses = [next_token_loss(model, ids.long()).item() for ids in rows.split(1)]
+            losses = [model(ids.long(), labels=ids.long(), use_cache=False).loss.item() for ids in rows.split(1)]
         print(f"held-out loss on {name}: {sum(losses) / len(losses):.3f} nats per token")
 
 
