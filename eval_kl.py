@@ -2,87 +2,162 @@
 
     python eval_kl.py runs/fw-6-18
 
-Each row of the table is a model made by `replace_span`, scored in float32 on test text that the flow was not trained on. KL is
-KL(teacher || student) of the next-token distributions in nats per token: 0 is a perfect copy, lower is better.
+All models are scored in float32 on test text that the flow was not trained on. KL is KL(teacher || student) of the
+next-token distributions in nats per token: 0 is a perfect copy, lower is better.
 """
+
 import argparse
-import hashlib
-import itertools
+import importlib
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import held_out_rows, take, training_rows
-from lft import SOLVERS, FlowLayer, InputError, LFTForCausalLM, hidden_pair, load, load_teacher, replace_span, run_script, share
-from lft import trunk_of
+from data import held_out_windows, take, training_windows
+from lft import (
+    SOLVERS,
+    TOKEN_POWER,
+    InputError,
+    hidden_pair,
+    kl_divergence,
+    replace_span,
+    share,
+    token_weights,
+    trunk_of,
+)
+from run import DEVICES, hashes, load, load_teacher, run_script
+
+BATCH_TOKENS = 1024  # scored at a time: their logits fill memory
+VALIDATION_TOKENS = 16_384
+FIT_TOKENS = 131_072  # for the linear maps: far more tokens than their hidden + 1 inputs
 
 
 # ---- 1. Measures
-def kl_divergence(log_p, log_q):
-    """KL(p || q) = Σ p (log p - log q), p the teacher's and q the student's: (batch, seq, vocabulary) twice -> (batch, seq)."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
-
-
-TOKEN_POWER = 1.0  # ours; the paper's plain mean is 0
-
-
-def token_errors(error, x1, power=TOKEN_POWER):
-    """Each token's mean squared error, divided by the RMS of its x1 to a power: (batch, seq, hidden) twice -> (batch, seq).
-
-    Language models give a few tokens, above all the first, states hundreds of times longer than the rest (massive activations).
-    With power 0 those few tokens are almost the whole mean; with 2, which gives the NMSE, they hardly count.
-    """
-    rms = x1.square().mean(dim=-1).sqrt()
-    rms = torch.maximum(rms, 1e-3 * rms.mean())  # a state of zero would divide by zero
-    return error.square().mean(dim=-1) / rms**power
-
-
-def log_probabilities(model, ids):
-    """Log-probabilities of each next token (batch, seq, vocabulary), and the seconds that the forward pass took."""
+def timed_logits(model, ids):
+    """The logits of each next token (batch, seq, vocabulary), and the seconds of the forward pass."""
     ids[0, 0].item()  # reading a value waits until a GPU has done all earlier work
     begin = time.perf_counter()
     logits = model(ids, use_cache=False).logits
     logits[0, 0, 0].item()
-    seconds = time.perf_counter() - begin
-    return logits.log_softmax(dim=-1), seconds
+    return logits, time.perf_counter() - begin
+
+
+def in_batches(teacher, windows):
+    return windows.to(teacher.device).split(max(1, BATCH_TOKENS // windows.shape[1]))
 
 
 @torch.no_grad()
-def evaluate(teacher, models, rows, start, end, title=None):
-    """Score {name: model} on rows of ids (rows, seq): {name: {"kl", "nll", "top1", "nmse", "time": (rows,)}}, means over tokens.
+def evaluate(teacher, models, windows, title=None):
+    """Score {name: model} on windows of ids (windows, seq): {name: {"kl", "nll", "time"}}, each (windows,).
 
-    kl and nll in nats. nmse: of the state entering layer `end`, nan unless a flow or linear map stands in place of start..end-1.
-    time: of the forward pass, relative to the teacher's; the models take turns.
+    kl: from the teacher. nll: of the text's next tokens. Both are means over tokens, in nats. time: of the forward
+    pass, relative to the teacher's; the models take turns.
     """
-    trunk, scores = trunk_of(teacher, end), {name: [] for name in models}
-    for ids in tqdm(rows.to(teacher.device).split(max(1, 1024 // rows.shape[1])), desc=title, disable=not title, leave=False):
-        log_p, teacher_seconds = log_probabilities(teacher, ids)
-        x0, x1, context = hidden_pair(trunk, ids, start)
+    scores = {name: defaultdict(list) for name in models}
+    batches = in_batches(teacher, windows)
+    for model in (teacher, *models.values()):
+        model(batches[0], use_cache=False)  # the first pass takes longer, so it is not timed
+    for ids in tqdm(batches, desc=title, disable=title is None, leave=False):
+        logits, teacher_seconds = timed_logits(teacher, ids)
+        log_p = logits.log_softmax(dim=-1)
         for name, model in models.items():
-            log_q, seconds = log_probabilities(model, ids)
-            nll = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            top1 = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
-            nmse, relative = torch.full_like(top1, torch.nan), torch.full_like(top1, seconds / teacher_seconds)
-            layer = [*model.get_decoder().layers, None][start]  # start may be past the last layer
-            if isinstance(layer, (FlowLayer, LinearLayer)):
-                nmse = token_errors(layer(x0, **context) - x1, x1, power=2)
-            measures = (kl_divergence(log_p, log_q), nll, top1, nmse, relative)
-            scores[name].append(torch.stack([values.mean(dim=1).cpu() for values in measures]))
-    return {name: dict(zip(("kl", "nll", "top1", "nmse", "time"), torch.cat(parts, dim=1))) for name, parts in scores.items()}
+            logits, seconds = timed_logits(model, ids)
+            log_q = logits.log_softmax(dim=-1)
+            score = scores[name]
+            score["kl"].append(kl_divergence(log_p, log_q).mean(dim=1))
+            score["nll"].append(F.nll_loss(log_q[:, :-1].mT, ids[:, 1:], reduction="none").mean(dim=1))
+            score["time"].append(torch.full((len(ids),), seconds / teacher_seconds))
+    return {name: {key: torch.cat(parts).cpu() for key, parts in score.items()} for name, score in scores.items()}
+
+
+def state_pairs(teacher, windows, start, end):
+    """Yield x0, x1 and context of windows of ids, batch by batch."""
+    trunk = trunk_of(teacher, end)
+    for ids in in_batches(teacher, windows):
+        yield hidden_pair(trunk, ids, start)
+
+
+@torch.no_grad()
+def nmse(layer, pairs):
+    """Mean over tokens of ‖x̂1 - x1‖² / ‖x1‖², where x̂1 is the layer's output for x0."""
+    errors = []
+    for x0, x1, context in pairs:
+        errors.append((layer(x0, **context) - x1).square().mean(dim=-1) * token_weights(x1, power=2))
+    return torch.cat(errors).mean().item()
 
 
 def standard_error(values, documents):
-    """Standard error of the mean of values (rows,) over documents, whose rows depend on each other; None for one document."""
-    sums = torch.stack([(values - values.mean())[documents == document].sum() for document in documents.unique()])
-    return (sums.square().sum() * len(sums) / (len(sums) - 1)).sqrt().item() / len(values) if len(sums) > 1 else None
+    """Cluster-robust standard error of the mean of values (windows,), one cluster per document; None for one document.
+
+    Windows of one document depend on each other. The pieces of a book count as documents, so its error is too small.
+    documents: the number of each window's document (windows,).
+    """
+    deviations = values - values.mean()
+    sums = torch.stack([deviations[documents == number].sum() for number in documents.unique()])
+    if len(sums) == 1:
+        return None
+    return (len(sums) * sums.var()).sqrt().item() / len(values)  # the sums' mean is 0
 
 
-# ---- 2. The models of the table
+# ---- 2. The rows of the table. split: test windows and their documents, validation windows, windows to fit maps on
+def make_row(name, layers, model, score, split, **more):
+    return {
+        "name": name,
+        "layers_replaced": layers,
+        "kl": score["kl"].mean().item(),
+        "kl_stderr": standard_error(score["kl"], split.documents),
+        "perplexity": score["nll"].mean().exp().item(),
+        "parameters": model.num_parameters(),
+        "time": score["time"].median().item(),
+        **more,
+    }
+
+
+@torch.no_grad()
+def count_evaluations(student, ids):
+    """How often the velocity is evaluated in one forward pass."""
+    calls = []
+
+    def count(velocity, args, output):
+        calls.append(output)
+
+    hook = student.flow.velocity.register_forward_hook(count)
+    student(ids)
+    hook.remove()
+    return len(calls)
+
+
+def flow_rows(teacher, student, split):
+    """The teacher, the student with each solver, and the teacher without the span."""
+    start = student.config.start
+    end = student.config.end
+    models = {"teacher": teacher}
+    more = defaultdict(dict)
+    for solver in SOLVERS:
+        for k in sorted({1, 3, student.config.k}):
+            name = f"LFT {solver} x{k}"
+            model = share(student)
+            model.set_solver(solver, k)
+            models[name] = model
+            more[name] = {
+                "evaluations": count_evaluations(model, split.test[:1].to(teacher.device)),
+                "nmse": nmse(model.flow, state_pairs(teacher, split.test, start, end)),
+            }
+    models["span dropped"] = replace_span(teacher, start, end)
+    scores = evaluate(teacher, models, split.test, "scoring")
+    rows = []
+    for name, model in models.items():
+        layers = "-" if model is teacher else f"{start}..{end - 1}"
+        rows.append(make_row(name, layers, model, scores[name], split, **more[name]))
+    return rows
+
+
 class LinearLayer(nn.Linear):
     """A linear map that is called like a decoder layer."""
 
@@ -90,160 +165,158 @@ class LinearLayer(nn.Linear):
         return super().forward(x)
 
 
-def least_squares(pairs, token_power=TOKEN_POWER):
-    """The linear map from x0 to x1 by least squares over batches of pairs; tokens are weighted as in the flow's loss."""
-    inputs, products = 0, 0  # sums over tokens of [x0, 1] with itself and with x1; in float64, which not every device has
-    for x0, x1 in pairs:
-        weight = token_errors(torch.ones_like(x1), x1, token_power)[..., None]
-        x0, x1, weight = (x.flatten(0, 1).cpu().double() for x in (F.pad(x0, (0, 1), value=1.0), x1, weight))
-        inputs, products = inputs + (weight * x0).T @ x0, products + (weight * x0).T @ x1
-    solution = torch.linalg.lstsq(inputs, products, driver="gelsd").solution.float()  # (hidden + 1, hidden)
+@torch.no_grad()
+def fit_linear(pairs, token_power=TOKEN_POWER):
+    """The linear map from x0 to x1 by least squares over pairs; tokens are weighted as in the flow's loss."""
+    # The normal equations, summed over tokens, with x = [x0, 1] and y = x1. In float64 on the CPU: MPS has none.
+    xtx = 0
+    xty = 0
+    for x0, x1, _ in pairs:
+        weights = token_weights(x1, token_power).flatten().cpu().double()[:, None]
+        x = F.pad(x0, (0, 1), value=1.0).flatten(0, 1).cpu().double()  # (tokens, hidden + 1)
+        y = x1.flatten(0, 1).cpu().double()
+        xtx += (weights * x).T @ x
+        xty += (weights * x).T @ y
+    solution = torch.linalg.lstsq(xtx, xty, driver="gelsd").solution.float()  # (hidden + 1, hidden)
     linear = LinearLayer(solution.shape[1], solution.shape[1]).requires_grad_(False)
     linear.load_state_dict({"weight": solution[:-1].T, "bias": solution[-1]})
-    return linear
+    return linear.to(x0.device)
 
 
-def fit_linear(teacher, rows, start, end, token_power=TOKEN_POWER):
-    """The linear map from x0 to x1, fitted on rows of ids."""
-    trunk, batches = trunk_of(teacher, end), rows.to(teacher.device).split(max(1, 4096 // rows.shape[1]))
-    return least_squares((hidden_pair(trunk, ids, start)[:2] for ids in batches), token_power).to(teacher.device)
+def linear_row(teacher, name, split, start, end, token_power):
+    """Layers start..end-1 replaced by a linear map."""
+    linear = fit_linear(state_pairs(teacher, split.fit, start, end), token_power)
+    model = replace_span(teacher, start, end, linear)
+    score = evaluate(teacher, {name: model}, split.test)[name]
+    error = nmse(linear, state_pairs(teacher, split.test, start, end))
+    return make_row(name, f"{start}..{end - 1}", model, score, split, nmse=error)
 
 
-def skips(teacher, rows, fit_rows, start, end, token_power):
-    """n layers of the span skipped at every place, and a linear map in the best: {name: (layers, model, scores)}.
+def skip_rows(teacher, split, start, end, n):
+    """n layers of the span skipped: at the best place on validation text, averaged over all places, at the first.
 
-    n is 3 for spans of 12 layers and more, and 2 for shorter ones, as in the paper.
+    The average's perplexity is the geometric mean.
+    """
+    models = {i: replace_span(teacher, i, i + n) for i in range(start, end - n + 1)}
+    choice = evaluate(teacher, models, split.validation, f"choosing {n} layers to skip")
+    kl = {i: choice[i]["kl"].mean().item() for i in models}
+    best = min(kl, key=kl.get)
+    scores = evaluate(teacher, models, split.test, f"skipping {n} layers")
+    mean = {key: torch.stack([score[key] for score in scores.values()]).mean(dim=0) for key in scores[best]}
+    model = models[best]
+    rows = [
+        make_row(f"skip {n}, best place", f"{best}..{best + n - 1}", model, scores[best], split),
+        make_row(f"skip {n}, mean of places", f"{n} of {start}..{end - 1}", model, mean, split),
+        make_row(f"skip {n}, first place", f"{start}..{start + n - 1}", model, scores[start], split),
+    ]
+    return rows, best
+
+
+def baseline_rows(teacher, split, start, end, token_power):
+    """The span replaced by a linear map; n of its layers skipped; the same n layers replaced by a linear map.
+
+    As in the paper, n is 3 for a span of 12 layers and 2 for one of 6.
     """
     n = min(3 if end - start >= 12 else 2, end - start)
-    models = {i: replace_span(teacher, i, i + n) for i in range(start, end - n + 1)}
-    scores = evaluate(teacher, models, rows, start, end, f"skipping {n}")
-    best = min(models, key=lambda i: scores[i]["kl"].mean())
-    mean = {key: torch.stack([score[key] for score in scores.values()]).mean(dim=0) for key in scores[best]}
-    patched = replace_span(teacher, best, best + n, fit_linear(teacher, fit_rows, best, best + n, token_power))
-    place = f"{best}..{best + n - 1}"
-    return {
-        f"skip {n}, best inside span": (place, models[best], scores[best]),
-        f"skip {n}, mean inside span": (f"{n} of {start}..{end - 1}", models[best], mean),
-        f"skip {n}, first of span": (f"{start}..{start + n - 1}", models[start], scores[start]),
-        f"skip {n}, patched": (place, patched, evaluate(teacher, {0: patched}, rows, best, best + n)[0]),
-    }
+    skips, best = skip_rows(teacher, split, start, end, n)
+    linear = linear_row(teacher, "linear map", split, start, end, token_power)
+    patched = linear_row(teacher, f"linear map of {n} layers", split, best, best + n, token_power)
+    return [linear, *skips, patched]
 
 
 # ---- 3. The table
-def table(teacher, student, rows, documents, fit_rows=None):
-    """The rows of the table over test rows of ids, as dicts. fit_rows: training rows for the linear maps; None: no baselines."""
-    start, end, calls = student.config.start, student.config.end, {}
-    span, token_power = f"{start}..{end - 1}", student.config.training.get("token_power", TOKEN_POWER)
-    models = {"teacher": teacher}
-    for solver, k in itertools.product(SOLVERS, sorted({1, 3, student.config.k})):
-        models[f"LFT {solver} x{k}"] = model = share(student)
-        model.config.solver = model.flow.solver = solver
-        model.config.k = model.flow.k = k
-        calls[f"LFT {solver} x{k}"] = times = []
-        model.flow.walk(lambda x, t: times.append(t) or 0.0, 0.0)  # a velocity of 0.0 that counts its evaluations
-    models["span dropped"] = replace_span(teacher, start, end)
-    if fit_rows is not None:
-        models["linear map"] = replace_span(teacher, start, end, fit_linear(teacher, fit_rows, start, end, token_power))
-    scores = evaluate(teacher, models, rows, start, end, "scoring")
-    found = {name: ("-" if name == "teacher" else span, model, scores[name]) for name, model in models.items()}
-    if fit_rows is not None:
-        found |= skips(teacher, rows, fit_rows, start, end, token_power)
-    return [
-        {"name": name, "layers_replaced": layers, "evaluations": len(calls.get(name, [])), "tokens": rows.numel(),
-         "kl": score["kl"].mean().item(), "kl_stderr": standard_error(score["kl"], documents),
-         "nmse": score["nmse"].mean().item() if score["nmse"].isfinite().all() else None,
-         "perplexity": score["nll"].mean().exp().item(), "top1_agreement": score["top1"].mean().item(),
-         "parameters": model.num_parameters(), "prefill_time": score["time"].median().item()}
-        for name, (layers, model, score) in found.items()
-    ]  # fmt: skip
+LEGEND = """KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span.
+weights: millions. time: forward pass, relative to the teacher.
+"""
+
+# By method and number of layers replaced. Which layers the paper skipped is not known.
+PAPER = {
+    ("fm", 6): f"in the paper, on Pythia-410M, flow / skip 2: {0.407 / 0.529:.2f}",
+    ("fw", 12): f"in the paper, on Pythia-410M, flow / skip 3: {0.736 / 0.932:.2f}",
+}
 
 
-# KL over that of the skipped layers, by length of the span, on Pythia-410M. Which layers were skipped is not known.
-PAPER = {6: f"paper, flow matching: {0.407 / 0.529:.2f}", 12: f"paper, Flow Walking: {0.736 / 0.932:.2f}"}
-
-
-def print_table(rows, config, title):
-    """Print how the flow, as trained, compares with skipping layers; then the title and the table."""
-    kl, trained = {row["name"]: row["kl"] for row in rows}, f"LFT {config.solver} x{config.k}"
-    if skipped := [name for name in kl if name.startswith("skip") and "patched" not in name]:
-        ratios = ", ".join(f"{kl[trained] / kl[name]:.2f} {name.split(', ')[1]}" for name in skipped)
-        paper = PAPER.get(config.end - config.start, "not in the paper")
-        print(f"KL of {trained} over that of {skipped[0].split(',')[0]}: {ratios} ({paper})")
-    print(title)
-    print("KL: nats per token +- standard error over documents, lower is better. NMSE: of the state after the span. top-1: how")
-    print("often the most likely token is the teacher's. weights: millions. time: forward pass, relative to the teacher.\n")
-    print(f"{'row':25}{'replaced':>11}{'evaluations':>12}{'KL':>17}{'NMSE':>8}{'perpl.':>8}{'top-1':>8}{'weights':>9}{'time':>6}")
+def print_table(rows):
+    print(LEGEND)
+    print(f"{'':25}{'replaced':>11}{'evaluations':>12}{'KL':>17}{'NMSE':>8}", end="")
+    print(f"{'perplexity':>12}{'weights':>9}{'time':>6}")
     for row in rows:
-        error = "" if row["kl_stderr"] is None else f" +- {row['kl_stderr']:.4f}"
-        nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-        kl = f"{row['kl']:.4f}{error}"
-        print(f"{row['name']:25}{row['layers_replaced']:>11}{row['evaluations'] or '-':>12}{kl:>17} {nmse:>7} ", end="")
-        print(f"{row['perplexity']:>7.2f}{row['top1_agreement']:>8.1%}{row['parameters'] / 1e6:>9.2f}{row['prefill_time']:>6.2f}")
+        kl = f"{row['kl']:.4f}"
+        if row["kl_stderr"] is not None:
+            kl += f" +- {row['kl_stderr']:.4f}"
+        error = "-"
+        if "nmse" in row:
+            error = f"{row['nmse']:.4f}"
+        print(f"{row['name']:25}{row['layers_replaced']:>11}{row.get('evaluations', '-'):>12}{kl:>17}", end="")
+        print(f"{error:>8}{row['perplexity']:>12.2f}{row['parameters'] / 1e6:>9.2f}{row['time']:>6.2f}")
+
+
+def print_ratios(rows, config):
+    """Print how the flow, as trained, compares with skipping layers."""
+    kl = {row["name"]: row["kl"] for row in rows}
+    trained = kl[f"LFT {config.solver} x{config.k}"]
+    for name in kl:
+        if name.startswith("skip"):
+            print(f"KL ratio, flow / {name}: {trained / kl[name]:.2f}")
+    print(PAPER.get((config.training["method"], config.end - config.start), ""))
 
 
 # ---- 4. Loading
-DEVICES = [*dict.fromkeys([str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "cpu"])]  # cuda, mps first
-
-
-def fingerprint(model):
-    """A hash of a model's configuration and weights."""
-    config = model.config.to_diff_dict() | dict.fromkeys(("_name_or_path", "dtype", "transformers_version"))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().cpu().numpy())
-    return digest.hexdigest()
-
-
-def origins(teacher, validation):
-    """What a run is made from, as hashes: the teacher, and the ids of validation text, so also text and tokenizer."""
-    return {"teacher_sha256": fingerprint(teacher), "validation_sha256": hashlib.sha256(validation.numpy()).hexdigest()}
-
-
 def load_student(run, device="cpu"):
-    """The student in a run's folder, in float32. Raises InputError if it cannot be loaded."""
+    """The student in a run's folder, in float32, by the class that its configuration names: LFTForCausalLM or a fork's.
+
+    Raises InputError if it cannot be loaded.
+    """
     try:
-        student = load(LFTForCausalLM, Path(run).resolve(strict=True))
-        student.config.training["data"]  # KeyError if training did not finish
+        config = json.loads((Path(run) / "config.json").read_text())
+        module, name = config["auto_map"]["AutoModelForCausalLM"].split(".")
+        student_class = getattr(importlib.import_module(module), name)  # this folder's code, not the run's copy of it
+        return load(student_class, Path(run).resolve()).to(device)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise InputError(f"{run} does not hold a trained student: train it, or finish it with --resume") from error
-    return student.to(device)
-
-
-VALIDATION_TOKENS = 16_384
-FIT_TOKENS = 131_072
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("run", help="folder that train_fm.py or train_fw.py wrote")
+    add("run", help="folder of a run")
     add("--teacher", help="where the teacher is now (default: where it was in training)")
     add("--data", nargs="+", help="texts whose held-out parts are scored (default: the training text)")
     add("--tokens", type=int, default=32_768, help="test tokens to score (default: %(default)s)")
-    add("--no-baselines", action="store_true", help="leave out linear maps and skips (the same for all runs on one span)")
+    add("--no-baselines", action="store_true", help="no linear maps and skips (the same for all runs on a span)")
     add("--json", help="also write the rows to this file")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
     student = load_student(args.run, args.device)
-    config, training = student.config, student.config.training
-    teacher, tokenizer = load_teacher(args.teacher or config.teacher, student.device)
-    data, reading = args.data or training["data"], {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
-    validation, _ = held_out_rows(training["data"], tokens=VALIDATION_TOKENS, **reading)
-    for name, value in origins(teacher, validation).items():
+    config = student.config
+    training = config.training
+    teacher, tokenizer = load_teacher(args.teacher or config.teacher, args.device)
+    data = args.data or training["data"]
+    reading = {"tokenizer": tokenizer, "seq_len": training["seq_len"]}
+    validation = None
+    if args.data is None or not args.no_baselines:  # scores of other text alone do not depend on the training text
+        validation, _ = held_out_windows(training["data"], tokens=VALIDATION_TOKENS, **reading)
+    for name, value in hashes(teacher, tokenizer, validation).items():
         if training[name] != value:
-            raise InputError(f"{args.run} was trained with another {name}: its teacher, tokenizer or text has changed since")
-    rows, documents = held_out_rows(data, tokens=args.tokens, test=True, **reading)
-    fit_rows = None
-    if not args.no_baselines:  # the linear maps learn from the student's own training text
-        fit_rows = take(training_rows(training["data"], **reading), FIT_TOKENS // training["seq_len"])
-    result = table(teacher, student, rows, documents, fit_rows)
-    title = f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}"
-    title += f"\n{rows.numel():,} test tokens of {' and '.join(data)}, from {len(documents.unique())} documents"
-    print_table(result, config, title)
+            raise InputError(f"{args.run} was trained with another {name}: its teacher or text has changed since")
+    test, documents = held_out_windows(data, tokens=args.tokens, test=True, **reading)
+    split = SimpleNamespace(test=test, documents=documents)
+    rows = flow_rows(teacher, student, split)
+    if not args.no_baselines:
+        split.validation, _ = held_out_windows(data, tokens=args.tokens, **reading)
+        windows = training_windows(training["data"], **reading)  # the linear maps learn from the student's text
+        split.fit = take(windows, FIT_TOKENS // training["seq_len"])
+        rows += baseline_rows(teacher, split, config.start, config.end, training.get("token_power", TOKEN_POWER))
+    print(f"{args.run}: one flow replaces layers {config.start}..{config.end - 1} of {config.teacher}")
+    tokens = training["steps"] * training["batch_size"] * training["seq_len"]
+    print(f"trained for {training['steps']} of {training['max_steps']} steps, {tokens:,} tokens")
+    print(f"scored on {test.numel():,} test tokens of {' and '.join(data)}, from {len(documents.unique())} documents")
+    print_table(rows)
+    if not args.no_baselines:
+        print_ratios(rows, config)
     if args.json:
-        made = {"teacher": config.teacher, "fingerprint": training["teacher_sha256"], "flow": fingerprint(student.flow)}
-        made |= {"start": config.start, "end": config.end, "data": data, "seq_len": training["seq_len"], "tokens": rows.numel()}
-        Path(args.json).write_text(json.dumps(made | {"rows": result}, indent=2) + "\n")
+        made = {"data": data, "tokens": test.numel(), "training": training, "rows": rows}
+        Path(args.json).write_text(json.dumps(made, indent=2) + "\n")
 
 
 if __name__ == "__main__":
