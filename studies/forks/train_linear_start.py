@@ -1,0 +1,41 @@
+"""Train a flow that starts at the least-squares map of x0, by Flow Walking."""
+
+import functools
+
+from linear_start import LinearStartForCausalLM
+
+from data import take, training_windows
+from eval_kl import fit_linear, state_pairs
+from loop import fill_in, fit_to_teacher, make_parser, train
+from run import load_teacher, run_script
+from train_fw import flow_walking_loss
+
+FIT_TOKENS = 131_072
+
+
+def loss_from_map(velocity, x0, x1, batch):
+    """Flow Walking from W x0 + b to x1. velocity.func: the block, of which `train` has bound the context."""
+    return flow_walking_loss(velocity, velocity.func.linear(x0), x1)
+
+
+def new_student(config, teacher, linear):
+    student = LinearStartForCausalLM(config, teacher)
+    student.flow.velocity.linear.load_state_dict(linear.state_dict())
+    return student
+
+
+def main():
+    args = make_parser(__doc__, "linear-start", start=12, end=24).parse_args()
+    fill_in(args)
+    teacher, tokenizer = load_teacher(args.teacher, args.device)
+    fit_to_teacher(args, teacher)
+    windows = take(training_windows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
+    linear = fit_linear(state_pairs(teacher, windows, args.start, args.end))
+    student_class = functools.partial(new_student, linear=linear)
+    student_class.block_class = LinearStartForCausalLM.block_class
+    student_class.config_class = LinearStartForCausalLM.config_class
+    train(args, loss_from_map, solver="midpoint", k=3, student_class=student_class)
+
+
+if __name__ == "__main__":
+    run_script(main)
