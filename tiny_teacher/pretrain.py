@@ -4,10 +4,11 @@
     .venv/bin/python -m tiny_teacher.pretrain        # into runs/tiny_teacher
     cp runs/tiny_teacher/* tiny_teacher/             # make it the embedded teacher
 
-Pythia-410M's architecture at a 70th of its size, with as many layers, so that a span such as 6 -> 18 means the same on both.
-The model grows from 6 to 12 to 24 layers while it trains. That makes skipping three layers cost more at the mean place, on Python
-source, than in a model that has 24 layers from the start (README.md).
+Pythia-410M's architecture at a 70th of its size, with as many layers, so that a span such as 6 -> 18 means the same on
+both. The model grows from 6 to 12 to 24 layers while it trains. That makes skipping three layers cost more, averaged
+over places and on Python source, than in a model that has 24 layers from the start (README.md).
 """
+
 import argparse
 import copy
 import math
@@ -19,14 +20,29 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from data import documents, pack
-from eval_kl import DEVICES
-from train_fm import autocast
+from data import load_documents, pack
+from loop import autocast, update
+from run import DEVICES
 
-OWN = "stdlib", "speeches"  # the training part of these; the rest is the source of packages that requirements.txt installs
-TEXTS = "datasets huggingface_hub mpmath networkx numpy pandas pyarrow speeches stdlib sympy torch transformers".split()
-VOCABULARY, SEQ_LEN, BATCH_SIZE, WARM_UP = 4096, 256, 64, 100
-GROW_AT = 0.25, 0.5  # of the run; each time the number of layers doubles
+OWN = ("stdlib", "speeches")
+# The source of packages that requirements.txt installs.
+PACKAGES = [
+    "datasets",
+    "huggingface_hub",
+    "mpmath",
+    "networkx",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "sympy",
+    "torch",
+    "transformers",
+]
+VOCABULARY = 4096
+SEQ_LEN = 256
+BATCH_SIZE = 64
+WARM_UP = 100  # steps
+GROW_AT = (0.25, 0.5)  # fractions of the run; each time the number of layers doubles
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -36,32 +52,41 @@ def long_lines(document):
 
 
 def is_copy(document, held_out_lines):
-    """Whether more than a tenth of its long lines also stand in held-out files, as in a vendored copy of one."""
+    """Whether more than a tenth of its long lines also stand in held-out text, as in a vendored copy."""
     lines = long_lines(document)
     return sum(line in held_out_lines for line in lines) > len(lines) / 10
 
 
-def read_text(name, held_out_lines):
-    """The training documents of one text, and the part of each to keep; without copies of held-out library files."""
-    if name in OWN:
-        return documents(name, held_out=False)
-    files, cut = documents(f"{sysconfig.get_path('purelib')}/{name}/**/*.py", held_out=False)
-    return [file for file in files if not is_copy(file, held_out_lines)], cut
+def read_texts():
+    """The training documents of each text, without near copies of held-out parts of the library: {name: documents}."""
+    held_out_lines = set()
+    for document in load_documents("stdlib", held_out=True)["text"]:
+        held_out_lines.update(long_lines(document))
+    texts = {name: load_documents(name, held_out=False)["text"] for name in OWN}
+    for package in PACKAGES:
+        documents = load_documents(f"{sysconfig.get_path('purelib')}/{package}/**/*.py", held_out=False)["text"]
+        texts[package] = [document for document in documents if not is_copy(document, held_out_lines)]
+    return texts
 
 
 def make_tokenizer(texts):
     """A byte-level BPE, trained on our own texts and on a tenth of the packages' files."""
+    sample = []
+    for name, documents in texts.items():
+        sample.extend(documents if name in OWN else documents[::10])
     bpe = ByteLevelBPETokenizer()
-    sample = [document for name, (found, _) in texts.items() for document in found[:: 1 if name in OWN else 10]]
     bpe.train_from_iterator(sample, vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT)
 
 
-def sequences(found, cut, tokenizer):
-    """The documents joined, each closed by the end-of-text token, and cut: ids (sequences, SEQ_LEN)."""
-    parts = [found[i : i + 200] for i in range(0, len(found), 200)]  # the ids of all texts as Python numbers would take gigabytes
-    rows = [pack({"text": part}, range(len(part)), tokenizer, SEQ_LEN, cut)["ids"] for part in parts]
-    return torch.cat([torch.tensor(ids, dtype=torch.int32).view(-1, SEQ_LEN) for ids in rows])
+def windows_of(documents, tokenizer):
+    """The documents joined, each closed by the end-of-text token, and cut: ids (windows, SEQ_LEN)."""
+    found = []
+    for i in range(0, len(documents), 200):  # the ids of a whole text as Python numbers would take gigabytes
+        part = documents[i : i + 200]
+        ids = pack({"text": part}, range(len(part)), tokenizer, SEQ_LEN)["ids"]
+        found.append(torch.tensor(ids, dtype=torch.int32).view(-1, SEQ_LEN))
+    return torch.cat(found)
 
 
 # ---- 2. The optimizers
@@ -72,76 +97,98 @@ def make_optimizers(model):
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    return muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 # ---- 3. Training
 @torch.no_grad()
 def grow(model):
     """Replace each layer by two copies that each do half as much, so that the predictions hardly change."""
-    layers = nn.ModuleList(copy.deepcopy(layer) for layer in model.gpt_neox.layers for _ in range(2))
-    for number, layer in enumerate(layers):
-        layer.attention.layer_idx = number
+    layers = nn.ModuleList()
+    for layer in model.gpt_neox.layers:
         for weight in (*layer.attention.dense.parameters(), *layer.mlp.dense_4h_to_h.parameters()):
             weight /= 2
-    model.gpt_neox.layers, model.config.num_hidden_layers = layers, len(layers)
+        layers.extend([copy.deepcopy(layer), copy.deepcopy(layer)])
+    for number, layer in enumerate(layers):
+        layer.attention.layer_idx = number
+    model.gpt_neox.layers = layers
+    model.config.num_hidden_layers = len(layers)
 
 
-def batches(rows):
-    while True:  # one pass over the text after another, each in an order of its own
-        for index in torch.randperm(len(rows), device=rows.device)[: len(rows) // BATCH_SIZE * BATCH_SIZE].view(-1, BATCH_SIZE):
-            yield rows[index].long()
+def batches(windows):
+    """Batches without end, one pass over the windows after another, each in an order of its own."""
+    while True:
+        order = torch.randperm(len(windows), device=windows.device)
+        for index in order[: len(windows) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+            yield windows[index].long()
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine to a twentieth of the peak."""
+    cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.max_steps)) / 2
+    return args.lr * min(1, step / WARM_UP) * cosine
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", default="runs/tiny_teacher", help="folder to write (default: %(default)s)")
-    add("--max-steps", type=int, default=3650, help="optimizer steps of 64 x 256 tokens (default: %(default)s, one pass)")
+    add(
+        "--max-steps",
+        type=int,
+        default=3650,
+        help="optimizer steps of 64 x 256 tokens (default: %(default)s)",
+    )
     add("--lr", type=float, default=8e-3, help="peak learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the weights and the order of text (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the weights and the order of text (default: %(default)s)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (default: %(default)s)")
     args = parser.parse_args()
-    held_out_lines = {line for document in documents("stdlib", held_out=True)[0] for line in long_lines(document)}
-    texts = {name: read_text(name, held_out_lines) for name in TEXTS}
+    texts = read_texts()
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(args.out)
-    train = torch.cat([sequences(*found, tokenizer) for found in texts.values()]).to(args.device)
-    held_out = {name: sequences(*documents(name, held_out=True), tokenizer).to(args.device) for name in OWN}
-    print(f"text: {train.numel():,} training tokens", *(f"{ids.numel():,} held out of {name}" for name, ids in held_out.items()))
+    train = torch.cat([windows_of(documents, tokenizer) for documents in texts.values()]).to(args.device)
+    held_out = {}
+    for name in OWN:
+        documents = load_documents(name, held_out=True)["text"]
+        held_out[name] = windows_of(documents, tokenizer).to(args.device)
+        print(f"{held_out[name].numel():,} tokens of {name} held out")
+    print(f"{train.numel():,} training tokens")
 
     torch.manual_seed(args.seed)
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPTNeoXForCausalLM(config).to(args.device)
     optimizers = make_optimizers(model)
     progress = tqdm(zip(range(1, args.max_steps + 1), batches(train)), total=args.max_steps, mininterval=10)
     for step, ids in progress:
-        if step - 1 in [int(share * args.max_steps) for share in GROW_AT]:
+        if step - 1 in [int(fraction * args.max_steps) for fraction in GROW_AT]:
             grow(model)
             optimizers = make_optimizers(model)
         with autocast(model.device):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / args.max_steps)) / 2
-        lr = args.lr * min(1, step / WARM_UP) * cosine
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        update(optimizers, learning_rate(step, args))
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % 600 == 0 or step == args.max_steps:
             copy.deepcopy(model).half().save_pretrained(args.out)
 
-    model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)  # from float16, as users load it
-    for name, rows in held_out.items():
+    model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # from float16, as users load it
+    model = model.to(args.device)
+    for name, windows in held_out.items():
+        losses = []
         with torch.no_grad():
-            losses = [model(ids.long(), labels=ids.long(), use_cache=False).loss.item() for ids in rows.split(1)]
+            for ids in windows.long().split(1):
+                losses.append(model(ids, labels=ids, use_cache=False).loss.item())
         print(f"held-out loss on {name}: {sum(losses) / len(losses):.3f} nats per token")
 
 
