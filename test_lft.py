@@ -852,7 +852,7 @@ def start(options, rank=0, world_size=1, at=0):
 
 def assert_success(*processes):
     for process in processes:
-        process.join(100)
+        process.join(600)
         process.kill()  # one that hangs has no exit code
         assert process.exitcode == 0
 
