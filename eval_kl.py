@@ -88,7 +88,7 @@ def nmse(layer, pairs):
     """Mean over tokens of ‖x̂1 - x1‖² / ‖x1‖², where x̂1 is the layer's output for x0."""
     errors = []
     for x0, x1, context in pairs:
-        errors.append((layer(x0, **context) - x1).square().mean(dim=-1) * token_weights(x1, power=2))
+        errors.append((layer(x0, **context) - x1).square().mean(dim=-1) * token_weights(x1, 2))
     return torch.cat(errors).mean().item()
 
 
@@ -139,6 +139,7 @@ def flow_rows(teacher, student, split):
     end = student.config.end
     models = {"teacher": teacher}
     more = defaultdict(dict)
+    pairs = list(state_pairs(teacher, split.test, start, end))
     for solver in SOLVERS:
         for k in sorted({1, 3, student.config.k}):
             name = f"LFT {solver} x{k}"
@@ -147,7 +148,7 @@ def flow_rows(teacher, student, split):
             models[name] = model
             more[name] = {
                 "evaluations": count_evaluations(model, split.test[:1].to(teacher.device)),
-                "nmse": nmse(model.flow, state_pairs(teacher, split.test, start, end)),
+                "nmse": nmse(model.flow, pairs),
             }
     models["span dropped"] = replace_span(teacher, start, end)
     scores = evaluate(teacher, models, split.test, "scoring")
@@ -188,8 +189,8 @@ def linear_row(teacher, name, split, start, end, token_power):
     linear = fit_linear(state_pairs(teacher, split.fit, start, end), token_power)
     model = replace_span(teacher, start, end, linear)
     score = evaluate(teacher, {name: model}, split.test)[name]
-    error = nmse(linear, state_pairs(teacher, split.test, start, end))
-    return make_row(name, f"{start}..{end - 1}", model, score, split, nmse=error)
+    pairs = state_pairs(teacher, split.test, start, end)
+    return make_row(name, f"{start}..{end - 1}", model, score, split, nmse=nmse(linear, pairs))
 
 
 def skip_rows(teacher, split, start, end, n):
