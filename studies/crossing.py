@@ -32,8 +32,7 @@ class Field(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
-        self.net.extend([nn.SiLU(), nn.Linear(64, 2)])
+        self.net = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
 
     def forward(self, x, t):
         times = torch.zeros_like(x[..., :1]) + t
@@ -42,7 +41,7 @@ class Field(nn.Module):
 
 def trained(loss_of, steps=2000, **options):
     """A field trained by a loss of the training scripts."""
-    torch.manual_seed(3)
+    torch.manual_seed(0)
     u = Field()
     optimizer = torch.optim.Adam(u.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)

@@ -1,10 +1,12 @@
 """What do the cheapest rivals reach? The best n layers to skip, and the best n to replace by a linear map, a "patch".
 
-    python studies/frontier.py runs/rivals.json --start 6 --end 12 18
-    python studies/results.py runs/*/table.json --rivals runs/rivals.json       # draws them beside flows
+    python studies/frontier.py runs/rivals --start 6 --end 12 18
+    python studies/results.py runs              # prints and draws them beside flows
 
-For every span start..end and every text: n layers skipped, n layers patched, and two patches of n layers, all inside
-the span. Places are chosen on validation text and scored on test text. The maps are fitted on the training text.
+For every text: n layers skipped, n layers patched, and two patches of n layers, between --start and the last --end.
+Places are chosen on validation text, in bfloat16 where that is fast, and scored on test text. The maps are fitted on
+the training text. For each span start..end, skips are averaged over all places: 2 layers, or 3 of 12 and more, as in
+the paper. Writes a table for each text, like those of eval_kl.py.
 """
 
 import argparse
@@ -16,12 +18,17 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+
 from data import held_out_windows, take, training_windows
-from eval_kl import evaluate, fit_linear, in_batches, standard_error
+from eval_kl import evaluate, fit_linear, in_batches, make_row
 from lft import hidden_pair, replace_span, trunk_of
+from loop import autocast
 from run import DEVICES, hashes, load_teacher, run_script
 
 FIT_TOKENS = 32_768
+LONGEST = 5  # layers skipped or patched in one place
+CHOICE_TOKENS = 4_096  # of validation text: the best cut is chosen among a hundred
 
 
 def layer_states(teacher, ids):
@@ -31,89 +38,93 @@ def layer_states(teacher, ids):
     return [*states, last]
 
 
-def fit_patches(teacher, windows, start, end, longest):
-    """The linear map for each place of up to `longest` layers inside start..end-1: {(first, n): map}."""
+def fit_patches(teacher, windows, start, end):
+    """The linear map for each place of up to LONGEST layers inside start..end-1: {(first, n): map}."""
     states = []
     for ids in in_batches(teacher, windows):
         states.append(layer_states(teacher, ids))
     patches = {}
-    for n in range(1, longest + 1):
+    for n in range(1, LONGEST + 1):
         for first in range(start, end - n + 1):
             patches[first, n] = fit_linear([(each[first], each[first + n], None) for each in states])
     return patches
 
 
-def candidates(teacher, patches, start, end, n):
-    """All ways to skip or patch n layers of start..end-1: {kind: {first layer: model}}."""
-    places = range(start, end - n + 1)
-    return {
-        "skip": {i: replace_span(teacher, i, i + n) for i in places},
-        "patch": {i: replace_span(teacher, i, i + n, patches[i, n]) for i in places},
-    }
+def candidates(teacher, patches):
+    """All ways to skip or patch layers: {(kind, first, n): model}."""
+    models = {}
+    for first, n in patches:
+        models["skip", first, n] = replace_span(teacher, first, first + n)
+        models["patch", first, n] = replace_span(teacher, first, first + n, patches[first, n])
+    return models
 
 
 def choose(models, kl, patches, n):
-    """The best models of candidates by their KL on validation text: {kind: (layers, model)}."""
-    chosen = {}
-    for kind, places in models.items():
-        i = min(places, key=kl[kind].get)
-        chosen[kind] = (f"{i}..{i + n - 1}", places[i])
-    pairs = [(i, j) for i, j in itertools.combinations(models["patch"], 2) if i + n <= j]
+    """The best models with n layers cut, by their KL on validation text: {name: model}."""
+    places = [first for first, length in patches if length == n]
+    skip = min(places, key=lambda first: kl["skip", first, n])
+    patch = min(places, key=lambda first: kl["patch", first, n])
+    chosen = {"skipped, best place": models["skip", skip, n], "a linear map, best place": models["patch", patch, n]}
+    pairs = [(i, j) for i, j in itertools.combinations(places, 2) if i + n <= j]
     if pairs:  # the two that do least harm alone
-        i, j = min(pairs, key=lambda pair: kl["patch"][pair[0]] + kl["patch"][pair[1]])
-        both = replace_span(models["patch"][j], i, i + n, patches[i, n])
-        chosen["two patches"] = (f"{i}..{i + n - 1} and {j}..{j + n - 1}", both)
+        i, j = min(pairs, key=lambda pair: kl["patch", pair[0], n] + kl["patch", pair[1], n])
+        chosen["two linear maps, best places"] = replace_span(models["patch", j, n], i, i + n, patches[i, n])
     return chosen
 
 
-def rivals(teacher, patches, split, start, end, longest):
-    """The best cuts of start..end-1 on one text: dicts of kind, n, layers, kl, kl_stderr and time."""
-    lines = []
-    for n in range(1, min(longest, end - start) + 1):
-        models = candidates(teacher, patches, start, end, n)
-        kl = {}
-        for kind, places in models.items():
-            scores = evaluate(teacher, places, split.validation, f"{kind} {n}")
-            kl[kind] = {i: score["kl"].mean().item() for i, score in scores.items()}
+def best_rows(teacher, models, kl, patches, split, span):
+    """The rows of the best cuts."""
+    rows = []
+    for n in range(1, LONGEST + 1):
         chosen = choose(models, kl, patches, n)
-        scores = evaluate(teacher, {kind: model for kind, (_, model) in chosen.items()}, split.test)
-        for kind, (layers, _) in chosen.items():
-            line = {"kind": kind, "n": n, "layers": layers, "kl": scores[kind]["kl"].mean().item()}
-            line["kl_stderr"] = standard_error(scores[kind]["kl"], split.documents)
-            line["time"] = scores[kind]["time"].median().item()
-            lines.append(line)
-    return lines
+        scores = evaluate(teacher, chosen, split.test)
+        for name, model in chosen.items():
+            layers = 2 * n if name.startswith("two") else n
+            rows.append(make_row(name, f"{layers} of {span}", model, scores[name], split))
+    return rows
+
+
+def mean_row(teacher, split, start, end):
+    """The row of skips averaged over all places in start..end-1."""
+    n = 3 if end - start >= 12 else 2
+    models = {i: replace_span(teacher, i, i + n) for i in range(start, end - n + 1)}
+    scores = evaluate(teacher, models, split.test)
+    mean = {key: torch.stack([score[key] for score in scores.values()]).mean(dim=0) for key in scores[start]}
+    return make_row("skipped, mean of places", f"{n} of {start}..{end - 1}", models[start], mean, split)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("json", type=Path, help="file to write")
-    add("--start", type=int, default=6, help="first layer of the spans (default: %(default)s)")
-    add("--end", type=int, nargs="+", default=[12, 18], help="first layers to keep after them (default: 12 and 18)")
+    add("out", type=Path, help="folder for the tables")
+    add("--start", type=int, default=6, help="first layer that may be cut (default: %(default)s)")
+    add("--end", type=int, nargs="+", default=[12, 18], help="first layers to keep (default: 12 and 18)")
     add("--teacher", default="tiny_teacher", help="a folder or a model on the hub (default: %(default)s)")
     add("--data", nargs="+", default=["stdlib"], help="texts, as for train_fm.py (default: stdlib)")
     add("--seq-len", type=int, default=256, help="tokens per sequence (default: %(default)s)")
-    add("--longest", type=int, default=6, help="most layers to skip or patch in one place (default: %(default)s)")
     add("--tokens", type=int, default=16_384, help="test tokens of each text (default: %(default)s)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     teacher, tokenizer = load_teacher(args.teacher, args.device)
     reading = {"tokenizer": tokenizer, "seq_len": args.seq_len}
     windows = take(training_windows(args.data, **reading), FIT_TOKENS // args.seq_len)
-    patches = fit_patches(teacher, windows, args.start, max(args.end), args.longest)
-    lines = []
+    patches = fit_patches(teacher, windows, args.start, max(args.end))
+    models = candidates(teacher, patches)
     for text in args.data:
         test, documents = held_out_windows([text], tokens=args.tokens, test=True, **reading)
-        validation, _ = held_out_windows([text], tokens=args.tokens, **reading)
-        split = SimpleNamespace(test=test, documents=documents, validation=validation)
+        validation, _ = held_out_windows([text], tokens=CHOICE_TOKENS, **reading)
+        split = SimpleNamespace(test=test, documents=documents)
+        with autocast(teacher.device):
+            scores = evaluate(teacher, models, validation, f"{text}: {len(models)} cuts")
+        kl = {name: score["kl"].mean().item() for name, score in scores.items()}
+        rows = best_rows(teacher, models, kl, patches, split, f"{args.start}..{max(args.end) - 1}")
         for end in args.end:
-            for line in rivals(teacher, patches, split, args.start, end, args.longest):
-                line.update(start=args.start, end=end, text=text, tokens=test.numel(), seq_len=args.seq_len)
-                line.update(hashes(teacher, tokenizer))
-                lines.append(line)
-                print(f"{text}: {line['kind']} {line['layers']} in {args.start}..{end - 1}, KL {line['kl']:.4f}")
-    args.json.write_text(json.dumps(lines, indent=1) + "\n")
+            rows.append(mean_row(teacher, split, args.start, end))
+        training = {"method": "rivals", "teacher": args.teacher, "start": args.start, "end": max(args.end)}
+        training.update(hashes(teacher, tokenizer), data=args.data, seq_len=args.seq_len)
+        table = {"data": [text], "tokens": test.numel(), "training": training, "rows": rows}
+        (args.out / f"table-{Path(text).name}.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

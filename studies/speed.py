@@ -1,10 +1,10 @@
-"""How fast is training? Against the bare matrix products of a training step.
+"""How fast is training? Against the speed of one large matrix product.
 
     python studies/speed.py                                          # Pythia-70M's shape
     python studies/speed.py --width 1024 --end 18 --seq-len 1024     # Pythia-410M's
 
-The floor is the matrix products of layers 0..end-1 forward and of the velocity forward and backward, full attention.
-Training takes the steps of loop.py on random weights and ids, without reading text or scoring. Both are timed in turns.
+Training takes the steps of loop.py on random weights and ids, without reading text or scoring. The operations of a step
+are those of its matrix products, attention without the causal mask's savings. Both are timed in turns.
 """
 
 import argparse
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lft import VelocityBlock, hidden_pair, trunk_of
@@ -26,10 +27,9 @@ from run import DEVICES, run_script
 from train_fm import flow_matching_loss
 from train_fw import flow_walking_loss
 
-METHODS = {
-    "flow matching": (flow_matching_loss, 1),
-    "Flow Walking": (flow_walking_loss, 6),
-}  # and evaluations in a step
+METHODS = {"flow matching": flow_matching_loss, "Flow Walking": flow_walking_loss}
+SIDE = 4096  # of the square matrices that are multiplied
+ROUNDS = 12
 
 
 def start_training(args, device):
@@ -42,14 +42,10 @@ def start_training(args, device):
         max_position_embeddings=args.seq_len,
     )
     teacher = GPTNeoXForCausalLM._from_config(config).requires_grad_(False).eval().to(device)
-    if args.compile and device.type == "cpu":
+    if device.type == "cpu":
         teacher.set_attn_implementation("eager")
     velocity = VelocityBlock(teacher.get_decoder().layers[0]).to(device)
-    trunk = trunk_of(teacher, args.end)
-    if args.compile:
-        for module in (velocity, *trunk.layers):
-            module.forward = torch.compile(module.forward)
-    return trunk, velocity
+    return trunk_of(teacher, args.end), velocity
 
 
 def step(trunk, velocity, optimizers, loss_of, ids):
@@ -62,29 +58,11 @@ def step(trunk, velocity, optimizers, loss_of, ids):
     update(optimizers, lr=1e-3)
 
 
-def matrix_products(args, layer, evaluations, device):
-    """The pairs of matrices that the floor multiplies. layer: one of the teacher's, whose shapes are taken."""
-    dtype = torch.float32
-    if autocast(device)._enabled:
-        dtype = torch.bfloat16
-    random = functools.partial(torch.randn, dtype=dtype, device=device)
-    values = random(args.batch_size, args.width // 64, args.seq_len, 64)
-    scores = random(args.batch_size, args.width // 64, args.seq_len, args.seq_len)
-    forward = [(values, values.mT), (scores, values)]
-    backward = [(values, values.mT), (scores, values), (scores.mT, values), (scores.mT, values)]
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.to(dtype)
-            x = random(args.batch_size * args.seq_len, weight.shape[1])
-            y = random(args.batch_size * args.seq_len, weight.shape[0])
-            forward.append((x, weight.T))
-            backward.extend([(y, weight), (y.T, x)])
-    return forward * (args.end + evaluations) + backward * evaluations
-
-
-def multiply(products):
-    for a, b in products:
-        a @ b
+def operations(*step_args):
+    """Floating-point operations of the matrix products of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step(*step_args)
+    return counter.get_total_flops()
 
 
 def seconds(function, *args):
@@ -95,20 +73,25 @@ def seconds(function, *args):
     return time.perf_counter() - begin
 
 
-def measure(args, device, name, loss_of, evaluations):
-    """Print the speed of a method's training over that of its floor."""
+def measure(args, device, name, loss_of):
+    """Print the speed of a method's training, and its share of the speed of a large matrix product."""
     trunk, velocity = start_training(args, device)
-    optimizers = make_optimizers(velocity)
-    products = matrix_products(args, trunk.layers[0], evaluations, device)
     ids = torch.randint(50304, (args.batch_size, args.seq_len), device=device)
-    floors = []
+    step_args = (trunk, velocity, make_optimizers(velocity), loss_of, ids)
+    count = operations(*step_args)
+    if args.compile:
+        for module in (velocity, *trunk.layers):
+            module.forward = torch.compile(module.forward)
+    dtype = torch.bfloat16 if autocast(device)._enabled else torch.float32
+    matrix = torch.randn(SIDE, SIDE, dtype=dtype, device=device)
+    products = []
     steps = []
-    for _ in range(2 + args.rounds):  # two to warm up
-        floors.append(seconds(multiply, products))
-        steps.append(seconds(step, trunk, velocity, optimizers, loss_of, ids))
+    for _ in range(2 + ROUNDS):  # two to warm up
+        products.append(seconds(torch.mm, matrix, matrix))
+        steps.append(seconds(step, *step_args))
     whole = statistics.median(steps[2:])
-    share = statistics.median(floors[2:]) / whole
-    print(f"{name}: {ids.numel() / whole:,.0f} tokens per second, {share:.2f} of the floor's")
+    share = count / whole * statistics.median(products[2:]) / (2 * SIDE**3)
+    print(f"{name}: {ids.numel() / whole:,.0f} tokens per second, {share:.2f} of the matrix product's speed")
 
 
 def main():
@@ -119,11 +102,10 @@ def main():
     add("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
     add("--seq-len", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     add("--compile", action="store_true", help="as for train_fm.py")
-    add("--rounds", type=int, default=12, help="rounds to time (default: %(default)s)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
-    for name, (loss_of, evaluations) in METHODS.items():
-        measure(args, torch.device(args.device), name, loss_of, evaluations)
+    for name, loss_of in METHODS.items():
+        measure(args, torch.device(args.device), name, loss_of)
 
 
 if __name__ == "__main__":

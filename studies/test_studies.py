@@ -4,13 +4,13 @@ import importlib
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import eval_kl
@@ -53,58 +53,98 @@ def test_spans_are_measured_between_layers():
     assert found[0].isfinite().equal(torch.ones(6, 7).triu(1).bool())
 
 
-@pytest.mark.parametrize("name", speed.METHODS)
-def test_floor_of_speed_is_what_training_multiplies(name):
-    """Counted by torch; the rest is the time embedding."""
-    args = SimpleNamespace(width=128, end=4, batch_size=3, seq_len=64, compile=False)
-    loss_of, evaluations = speed.METHODS[name]
+@pytest.mark.parametrize("name, evaluations", [("flow matching", 1), ("Flow Walking", 6)])
+def test_operations_of_a_step(name, evaluations):
+    """12 width² weights and two products of attention in each layer; backward takes twice as many as forward."""
+    args = SimpleNamespace(width=128, end=4, batch_size=3, seq_len=64)
     trunk, velocity = speed.start_training(args, torch.device("cpu"))
-    trunk.config._attn_implementation = velocity.attention.config._attn_implementation = "eager"
-    with FlopCounterMode(display=False) as counted:
-        speed.step(trunk, velocity, [], loss_of, torch.randint(50304, (3, 64)))
-    products = speed.matrix_products(args, trunk.layers[0], evaluations, torch.device("cpu"))
-    floor = sum(2 * a.numel() * b.shape[-1] for a, b in products)
-    assert 1 < counted.get_total_flops() / floor < 1.03
+    counted = speed.operations(trunk, velocity, [], speed.METHODS[name], torch.randint(50304, (3, 64)))
+    forward = 2 * 3 * 64 * (12 * 128**2 + 2 * 64 * 128)
+    assert 1 < counted / (forward * (4 + 3 * evaluations)) < 1.03  # the rest is the time embedding
 
 
-def test_rivals_are_the_best_cuts():
-    """Chosen on validation windows, scored on test windows."""
+def test_rivals_are_the_best_cuts(tmp_path, teacher_folder, book):
+    """Chosen on validation windows, scored on test windows; in a table that results.py reads."""
     teacher = random_teacher()
     test, validation, fit = torch.randint(97, (3, 8, 24))
-    split = SimpleNamespace(test=test, documents=torch.arange(8), validation=validation)
-    patches = frontier.fit_patches(teacher, fit, 1, 6, 2)
-    skip, _, two = frontier.rivals(teacher, patches, split, 1, 6, 2)[3:]
-    models = {i: lft.replace_span(teacher, i, i + 2) for i in range(1, 5)}
-    best = min(models, key=lambda i: kl_of(teacher, models[i], validation))
-    assert skip["layers"] == f"{best}..{best + 1}" and skip["kl"] == approx(kl_of(teacher, models[best], test))
-    assert two["n"] == 2
+    split = SimpleNamespace(test=test, documents=torch.arange(8))
+    patches = frontier.fit_patches(teacher, fit, 1, 6)
+    models = frontier.candidates(teacher, patches)
+    kl = {key: kl_of(teacher, model, validation) for key, model in models.items()}
+    skip = frontier.best_rows(teacher, models, kl, patches, split, "1..5")[3]
+    best = min(range(1, 5), key=lambda i: kl["skip", i, 2])
+    assert skip["kl"] == approx(kl_of(teacher, lft.replace_span(teacher, best, best + 2), test))
+    mean = sum(kl_of(teacher, models["skip", i, 2], test) for i in range(1, 5)) / 4
+    assert frontier.mean_row(teacher, split, 1, 6)["kl"] == approx(mean)
 
 
 def write_table(folder, seed=0, kl=0.5, **more):
     folder.mkdir()
     training = {"method": "fm", "batch_size": 2, "seq_len": 8, "steps": 5, "solver": "midpoint", "k": 1, "seed": seed}
-    training.update(start=1, end=4, teacher_sha256="a")
+    training.update(start=1, end=4, teacher="any", teacher_sha256="a")
     training.update(more)
-    row = {"name": "LFT midpoint x1", "layers_replaced": "1..3", "kl": kl, "kl_stderr": 0.1, "time": 0.7}
-    table = {"data": ["text"], "tokens": 64, "training": training, "rows": [row]}
+    row = {"name": "LFT midpoint x1", "layers_replaced": "1..3", "evaluations": 2}
+    rows = [{**row, "kl": kl, "kl_stderr": 0.1, "time": 0.7}]
+    table = {"data": ["text"], "tokens": 64, "training": training, "rows": rows}
     (folder / "table.json").write_text(json.dumps(table))
     (folder / "log.jsonl").write_text(json.dumps({"step": 5, "validation_kl": 0.6}) + "\n")
-    return folder / "table.json"
 
 
-def test_results_are_means_over_seeds(tmp_path, capsys):
+def test_results_are_seeds_of_one_method(tmp_path, capsys):
     """Tables that cannot be compared are refused."""
-    files = [
-        write_table(tmp_path / "a"),
-        write_table(tmp_path / "b", 1, 0.8),
-        write_table(tmp_path / "c", 0, 0.9, lr=1),
-    ]
-    call(results, *files, "--pictures", tmp_path / "pictures")
+    write_table(tmp_path / "a")
+    write_table(tmp_path / "b", 1, 0.8)
+    write_table(tmp_path / "c", 0, 0.9, lr=1)
+    call(results, tmp_path)
     printed = capsys.readouterr().out
-    assert "0.6500 ± 0.1000 | 0.5000, 0.8000" in printed and "lr 1; midpoint ×1 | - | 0.9000" in printed
-    for other in ({"seed": 1, "teacher_sha256": "b"}, {"seed": 0}):
+    assert "0.500, 0.800 ± 0.100" in printed and "lr 1, midpoint ×1 | 2 | 0.900" in printed
+    for number, other in enumerate(({"seed": 1, "seq_len": 16}, {"seed": 0})):
+        write_table(tmp_path / str(number), **other)
         with pytest.raises(lft.InputError):
-            call(results, files[0], write_table(tmp_path / str(other), **other))
+            call(results, tmp_path)
+        shutil.rmtree(tmp_path / str(number))
+
+
+def test_readmes_show_what_results_prints(capsys, tmp_path):
+    """Each row of a table of KLs, of runs that runs.sh makes with the options that they had."""
+    shutil.copytree(results.RESULTS, tmp_path / "results")
+    call(results, tmp_path / "results")
+    printed = capsys.readouterr().out.splitlines()
+    for file in (ROOT / "README.md", ROOT / "studies/README.md"):
+        rows = [line for line in file.read_text().splitlines() if line.startswith("| ") and "±" in line]
+        assert rows and set(rows) <= set(printed)
+
+
+def test_runs_have_the_options_of_runs_sh(monkeypatch):
+    """Each run in studies/results, the defaults included."""
+    monkeypatch.syspath_prepend(FORKS)
+    listed = subprocess.check_output(["bash", ROOT / "studies/runs.sh"], env={"LIST": "1"}, text=True)
+    commands = {}
+    for line in listed.splitlines():
+        name, *words = line.split()
+        commands[name] = words
+    seen = []
+    for file in results.RESULTS.rglob("log.jsonl"):
+        script, *options = commands[str(file.parent.relative_to(results.RESULTS))]
+        module = importlib.import_module(Path(script).stem)
+        monkeypatch.setattr(module, "train", lambda args, *more, **named: seen.append(vars(args)))
+        call(module, *options)
+        table = next(file.parent.glob("table*.json"))
+        training = json.loads(table.read_text())["training"]
+        for key, value in seen.pop().items():
+            if value is not None and key not in ("init", "resume", "device"):
+                assert training[key] == value, (table, key)
+
+
+def test_kept_states_are_read(tmp_path, monkeypatch):
+    """From disk, though the trunk has changed."""
+    monkeypatch.syspath_prepend(FORKS)
+    keep_states = importlib.import_module("keep_states")
+    trunk = lft.trunk_of(random_teacher(), 4)
+    expected = keep_states.hidden_pair(trunk, IDS, 1, tmp_path, [1, 4])
+    trunk.get_input_embeddings().weight.data.zero_()  # so that it would give other states
+    found = keep_states.hidden_pair(trunk, IDS, 1, tmp_path, [1, 4])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_crossing_paths_need_flow_walking():
@@ -134,11 +174,3 @@ def test_fork_trains_and_opens_as_a_model(name, tmp_path, monkeypatch, teacher_f
     close(opened(IDS).logits, student(IDS).logits)
     texts = [opened.generate(IDS, max_new_tokens=5, use_cache=use_cache) for use_cache in (False, True)]
     assert torch.equal(*texts)
-
-
-def test_readme_counts_the_lines():
-    """`lft.py` (400 lines) means 391 to 409."""
-    readme = (ROOT / "README.md").read_text()
-    for file in ("lft.py", "train_fm.py", "train_fw.py", "loop.py", "eval_kl.py"):
-        count = int(readme.split(f"`{file}` (")[1].split(")")[0].split(" ")[0])
-        assert abs(count - len((ROOT / file).read_text().splitlines())) < 10

@@ -1,0 +1,97 @@
+#!/bin/bash
+# Make the runs behind the figures: train, score on test text, keep table and log in studies/results.
+#
+#     make smollm2 speeches python-doc
+#     bash studies/runs.sh                      # all that are not in studies/results yet
+#     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
+#     LIST=1 bash studies/runs.sh               # names and commands
+#     MAX_STEPS=2 bash studies/runs.sh gpu      # a trial
+#
+# A run that was stopped goes on where it stopped. The minutes are for training and scoring on one core of an AMD EPYC
+# (Zen 4) beside another run, as made.txt of each run says.
+set -e
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=studies/forks:.
+python=${PYTHON:-.venv/bin/python}
+wanted=$1
+
+# record NAME FUNCTION ARGUMENTS...: call FUNCTION, which fills runs/NAME, and keep its tables and its log.
+record() {
+  local name=$1
+  local results=studies/results/$1
+  local function=$2
+  shift 2
+  if [[ $LIST ]]; then
+    echo $name "$@"
+    return
+  fi
+  if [[ $name != $wanted* || -d $results ]]; then
+    return
+  fi
+  local begin=$SECONDS
+  $function "$@"
+  {
+    echo "date: $(date -u +%F)"
+    echo "commit: $(git describe --always --dirty --exclude '*')"
+    echo "minutes: $(((SECONDS - begin) / 60)), $OMP_NUM_THREADS threads"
+    echo "machine: $(lscpu | sed -n 's/^Model name: *//p')" $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
+    $python -m pip list --format freeze 2>/dev/null | grep -E '^(torch|transformers|datasets)='
+  } > runs/$name/made.txt
+  mkdir -p $results
+  find runs/$name -name 'table-*.json' -o -name log.jsonl -o -name made.txt | xargs cp -t $results
+}
+
+train() {
+  $python $keep "$@" ${MAX_STEPS:+--max-steps $MAX_STEPS} --out runs/$name --resume
+  for text in $texts; do
+    $python eval_kl.py runs/$name --data $text --tokens 16384 --no-baselines --json runs/$name/table-$text.json
+  done
+}
+
+frontier() {
+  $python studies/frontier.py runs/$name "$@"
+}
+
+# texts: scored one by one. keep: a script that runs the training script, or nothing.
+run() {
+  record $1 train "${@:2}"
+}
+
+# SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run keeps the
+# teacher's states for the others of its seed: 28 GB in runs/states. Other seeds read other text.
+texts="stdlib speeches"
+smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
+keep="studies/forks/keep_states.py runs/states 12 18 24"
+run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18
+run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1
+run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18
+run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24
+run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1
+record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24
+run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24
+run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
+run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
+run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
+run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000
+run smollm2/fw-12-18-equal-seed-0 train_fw.py $smollm2 --start 12 --end 18 --times equal
+run smollm2/fw-12-24-equal-seed-0 train_fw.py $smollm2 --start 12 --end 24 --times equal
+keep=""
+for seed in 1 2; do
+  run smollm2/fw-12-18-seed-$seed train_fw.py $smollm2 --start 12 --end 18 --seed $seed
+  run smollm2/fw-12-24-seed-$seed train_fw.py $smollm2 --start 12 --end 24 --seed $seed
+done
+run smollm2/regression-12-18-seed-1 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1 --seed 1
+run smollm2/regression-12-24-seed-1 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --seed 1
+run smollm2/fm-12-18-seed-1 train_fm.py $smollm2 --start 12 --end 18 --seed 1
+
+# The included teacher, 2,000 steps of 2,048 tokens of code.
+texts="stdlib"
+tiny="--teacher tiny_teacher --compile"
+record tiny/rivals frontier --start 6 --end 12 18
+run tiny/fm-6-12-seed-0 train_fm.py $tiny --start 6 --end 12
+run tiny/regression-6-12-seed-0 train_fw.py $tiny --start 6 --end 12 --solver euler --k 1
+run tiny/fw-6-18-seed-0 train_fw.py $tiny --start 6 --end 18
+run tiny/fw-6-18-equal-seed-0 train_fw.py $tiny --start 6 --end 18 --times equal
+run tiny/regression-6-18-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1
+run tiny/fm-6-18-seed-0 train_fm.py $tiny --start 6 --end 18
