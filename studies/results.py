@@ -88,11 +88,11 @@ def print_table(rows):
     print("|---" * (len(texts) + 4) + "|")
     for (_, layers, by, name), line in rows.groupby(LINE, sort=False):
         label = f"{by}, {name}".removeprefix(", ").replace("LFT ", "").replace(" x", " ×")
-        cells = [layers, label, f"{line.evaluations.iloc[0]:.0f}".replace("nan", "–")]
+        cells = [layers, label, f"{line.evaluations.iloc[0]}".replace("<NA>", "–")]
         for text in texts:
             seeds = line[line.text == text]
             kl = ", ".join(seeds.kl.map("{:.3f}".format))
-            cells.append(f"{kl} ± {seeds.kl_stderr.mean():.3f}".replace(" ± nan", "–"))
+            cells.append(f"{kl} ± {seeds.kl_stderr.mean():.3f}".replace(" ± <NA>", "–"))
         print("|", " | ".join(cells), f"| {line.time.mean():.2f} |")
 
 
@@ -107,7 +107,7 @@ def draw_time(axes, rows):
 
 
 def draw_tokens(axes, rows):
-    for (folder, method), run in rows[rows.by != ""].groupby(["folder", "by"]):
+    for (folder, method), run in rows.groupby(["folder", "by"]):
         options = run.iloc[0]
         log = pandas.read_json(folder / "log.jsonl", lines=True).dropna(subset="validation_kl")
         if log.step.iloc[-1] != options.steps:
@@ -143,7 +143,7 @@ def main():
         print(f"\n{teacher}, {rows.tokens.iloc[0]:,} test tokens of each text\n")
         print_table(rows)
         save_picture(rows, "text", draw_time, args.folder / f"{teacher}-time.png")
-        save_picture(rows, "span", draw_tokens, args.folder / f"{teacher}-tokens.png")
+        save_picture(rows[rows.by != ""], "span", draw_tokens, args.folder / f"{teacher}-tokens.png")
 
 
 if __name__ == "__main__":

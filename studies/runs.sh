@@ -5,10 +5,10 @@
 #     bash studies/runs.sh                      # all that are not in studies/results yet
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
-#     MAX_STEPS=2 bash studies/runs.sh gpu      # a trial
+#     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial
 #
-# A run that was stopped goes on where it stopped. The minutes are for training and scoring on one core of an AMD EPYC
-# (Zen 4) beside another run, as made.txt of each run says.
+# A run that was stopped goes on where it stopped. made.txt beside each table has date, commit, minutes and machine. The
+# minutes below are for training and scoring on one core of an AMD EPYC (Zen 4), with another run on the other core.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -30,10 +30,11 @@ record() {
     return
   fi
   local begin=$SECONDS
+  local commit=$(git describe --always --dirty --exclude '*')
   $function "$@"
   {
     echo "date: $(date -u +%F)"
-    echo "commit: $(git describe --always --dirty --exclude '*')"
+    echo "commit: $commit"
     echo "minutes: $(((SECONDS - begin) / 60)), $OMP_NUM_THREADS threads"
     echo "machine: $(lscpu | sed -n 's/^Model name: *//p')" $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
     $python -m pip list --format freeze 2>/dev/null | grep -E '^(torch|transformers|datasets)='
@@ -58,14 +59,15 @@ run() {
   record $1 train "${@:2}"
 }
 
-# SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run keeps the
-# teacher's states for the others of its seed: 28 GB in runs/states. Other seeds read other text.
+# SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run of each span
+# keeps the teacher's states for the others of its seed, 28 GB in runs/states, and takes about 30 minutes more. Other
+# seeds read other text.
 texts="stdlib speeches"
 smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
 keep="studies/forks/keep_states.py runs/states 12 18 24"
-run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18
-run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1
-run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18
+run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minutes
+run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
+run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
 run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24
 run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1
 record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24

@@ -124,12 +124,11 @@ def test_runs_have_the_options_of_runs_sh(monkeypatch):
         name, *words = line.split()
         commands[name] = words
     seen = []
-    for file in results.RESULTS.rglob("log.jsonl"):
-        script, *options = commands[str(file.parent.relative_to(results.RESULTS))]
+    for table in results.RESULTS.rglob("*seed*/table*.json"):
+        script, *options = commands[str(table.parent.relative_to(results.RESULTS))]
         module = importlib.import_module(Path(script).stem)
         monkeypatch.setattr(module, "train", lambda args, *more, **named: seen.append(vars(args)))
         call(module, *options)
-        table = next(file.parent.glob("table*.json"))
         training = json.loads(table.read_text())["training"]
         for key, value in seen.pop().items():
             if value is not None and key not in ("init", "resume", "device"):
