@@ -68,9 +68,9 @@ keep="studies/forks/keep_states.py runs/states 12 18 24"
 run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minutes
 run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
 run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
-run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24
+run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24  # 55 minutes
 run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1
-record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24
+record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24  # 100 minutes
 run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
 run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
