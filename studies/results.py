@@ -24,7 +24,10 @@ from run import run_script
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"fm": "flow matching", "fw": "Flow Walking"}
+# Options that a method's name tells if they vary among its runs:
 SHOWN = [
+    "k",
+    "solver",
     "times",
     "max_steps",
     "batch_size",
@@ -34,7 +37,7 @@ SHOWN = [
     "token_power",
     "lr",
     "init",
-]  # if they vary
+]
 LINE = ["span", "layers_replaced", "by", "name"]  # what a line of the printed table is about
 
 

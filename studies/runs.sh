@@ -1,11 +1,11 @@
 #!/bin/bash
 # Make the runs behind the figures: train, score on test text, keep table and log in studies/results.
 #
-#     make smollm2 speeches python-doc
+#     make smollm2 speeches
 #     bash studies/runs.sh                      # all that are not in studies/results yet
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
-#     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial
+#     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial in runs/trial, which is not kept
 #
 # A run that was stopped goes on where it stopped. made.txt beside each table has date, commit, minutes and machine. The
 # minutes below are for training and scoring on one core of an AMD EPYC (Zen 4), with another run on the other core.
@@ -16,9 +16,10 @@ export PYTHONPATH=studies/forks:.
 python=${PYTHON:-.venv/bin/python}
 wanted=$1
 
-# record NAME FUNCTION ARGUMENTS...: call FUNCTION, which fills runs/NAME, and keep its tables and its log.
+# record NAME FUNCTION ARGUMENTS...: call FUNCTION, which fills the folder $out, and keep its tables and its log.
 record() {
   local name=$1
+  local out=runs/$1
   local results=studies/results/$1
   local function=$2
   shift 2
@@ -29,29 +30,35 @@ record() {
   if [[ $name != $wanted* || -d $results ]]; then
     return
   fi
+  if [[ $MAX_STEPS ]]; then
+    out=runs/trial/$name
+  fi
   local begin=$SECONDS
   local commit=$(git describe --always --dirty --exclude '*')
   $function "$@"
+  if [[ $MAX_STEPS ]]; then
+    return
+  fi
   {
     echo "date: $(date -u +%F)"
     echo "commit: $commit"
     echo "minutes: $(((SECONDS - begin) / 60)), $OMP_NUM_THREADS threads"
     echo "machine: $(lscpu | sed -n 's/^Model name: *//p')" $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
     $python -m pip list --format freeze 2>/dev/null | grep -E '^(torch|transformers|datasets)='
-  } > runs/$name/made.txt
+  } > $out/made.txt
   mkdir -p $results
-  find runs/$name -name 'table-*.json' -o -name log.jsonl -o -name made.txt | xargs cp -t $results
+  find $out -name 'table-*.json' -o -name log.jsonl -o -name made.txt | xargs cp -t $results
 }
 
 train() {
-  $python $keep "$@" ${MAX_STEPS:+--max-steps $MAX_STEPS} --out runs/$name --resume
+  $python $keep "$@" ${MAX_STEPS:+--max-steps $MAX_STEPS} --out $out --resume
   for text in $texts; do
-    $python eval_kl.py runs/$name --data $text --tokens 16384 --no-baselines --json runs/$name/table-$text.json
+    $python eval_kl.py $out --data $text --tokens 16384 --no-baselines --json $out/table-$text.json
   done
 }
 
 frontier() {
-  $python studies/frontier.py runs/$name "$@"
+  $python studies/frontier.py $out "$@"
 }
 
 # texts: scored one by one. keep: a script that runs the training script, or nothing.

@@ -51,7 +51,7 @@ def ratios(teacher, windows):
     """
     n = len(teacher.get_decoder().layers)
     found = torch.full((3, n, n + 1), torch.nan).tril()  # 0 where start < end
-    for ids in tqdm(windows.to(teacher.device).split(1), desc="pairing", unit="window"):
+    for ids in tqdm(windows.to(teacher.device).split(1), desc="pairing windows"):
         states = layer_states(teacher, ids)
         for start, end in itertools.combinations(range(n + 1), 2):
             x0 = states[start][0]

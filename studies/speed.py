@@ -29,7 +29,6 @@ from train_fw import flow_walking_loss
 
 METHODS = {"flow matching": flow_matching_loss, "Flow Walking": flow_walking_loss}
 SIDE = 4096  # of the square matrices that are multiplied
-ROUNDS = 12
 
 
 def start_training(args, device):
@@ -86,7 +85,7 @@ def measure(args, device, name, loss_of):
     matrix = torch.randn(SIDE, SIDE, dtype=dtype, device=device)
     products = []
     steps = []
-    for _ in range(2 + ROUNDS):  # two to warm up
+    for _ in range(14):  # two to warm up
         products.append(seconds(torch.mm, matrix, matrix))
         steps.append(seconds(step, *step_args))
     whole = statistics.median(steps[2:])

@@ -136,14 +136,17 @@ def test_runs_have_the_options_of_runs_sh(monkeypatch):
 
 
 def test_kept_states_are_read(tmp_path, monkeypatch):
-    """From disk, though the trunk has changed."""
+    """From disk, though the trunk has changed; a new run sees that it has."""
     monkeypatch.syspath_prepend(FORKS)
     keep_states = importlib.import_module("keep_states")
-    trunk = lft.trunk_of(random_teacher(), 4)
-    expected = keep_states.hidden_pair(trunk, IDS, 1, tmp_path, [1, 4])
-    trunk.get_input_embeddings().weight.data.zero_()  # so that it would give other states
-    found = keep_states.hidden_pair(trunk, IDS, 1, tmp_path, [1, 4])
+    arguments = (lft.trunk_of(random_teacher(), 4), IDS, 1, tmp_path, [1, 4])
+    expected = keep_states.hidden_pair(*arguments)
+    arguments[0].get_input_embeddings().weight.data.zero_()  # so that it would give other states
+    found = keep_states.hidden_pair(*arguments)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    keep_states.contexts.clear()
+    with pytest.raises(lft.InputError):
+        keep_states.hidden_pair(*arguments)
 
 
 def test_crossing_paths_need_flow_walking():

@@ -4,7 +4,7 @@
     python studies/forks/keep_states.py runs/states 12 18 24 train_fm.py --start 12 --end 18 ...
 
 The numbers are the layers whose entering states are kept: of SmolLM2-135M, 4.7 MB for each layer and batch of 8 x 256
-tokens. The folder belongs to one teacher, and to runs with or to runs without --compile.
+tokens. Each run computes the states of its first batch and compares them with those on disk, if there are any.
 """
 
 import functools
@@ -40,7 +40,10 @@ def remember(states, number, layer, args):
 
 @torch.no_grad()
 def hidden_pair(trunk, ids, start, folder, kept):
-    """As lft.hidden_pair, which is called for the first batch, for its context, and for those that are not on disk."""
+    """As lft.hidden_pair, which is called for the first batch, for its context, and for those that are not on disk.
+
+    Raises InputError if the states on disk are not those of the trunk.
+    """
     end = len(trunk.layers)
     key = (start, end, *ids.shape)
     x0_file = file_of(folder, ids, start)
@@ -58,8 +61,11 @@ def hidden_pair(trunk, ids, start, folder, kept):
         hook.remove()
     states[end] = x1
     for number, state in states.items():
-        if number in kept and not file_of(folder, ids, number).exists():
-            save(state, file_of(folder, ids, number))
+        file = file_of(folder, ids, number)
+        if file.exists() and not torch.equal(torch.load(file), state.cpu()):
+            raise lft.InputError(f"{folder} holds states of another teacher or another --compile: give a new folder")
+        if number in kept and not file.exists():
+            save(state, file)
     return x0, x1, contexts[key]
 
 
