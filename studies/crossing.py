@@ -39,7 +39,7 @@ class Field(nn.Module):
         return self.net(torch.cat([x, times], dim=-1))
 
 
-def trained(loss_of, steps=2000, **options):
+def trained(loss_of, steps=2000):
     """A field trained by a loss of the training scripts."""
     torch.manual_seed(0)
     u = Field()
@@ -47,7 +47,7 @@ def trained(loss_of, steps=2000, **options):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     for _ in range(steps):
         x0 = starts(64)
-        loss_of(u, x0, -x0, **options).backward()
+        loss_of(u, x0, -x0, token_power=0.0).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -63,8 +63,8 @@ def walk(u, x0, k, stops=1):
 
 
 def main():
-    fm = trained(flow_matching_loss, token_power=0.0)
-    fw = trained(flow_walking_loss, token_power=0.0)
+    fm = trained(flow_matching_loss)
+    fw = trained(flow_walking_loss)
     x0 = starts(100)
     panels = {
         "the pairs:\nstraight paths cross": torch.cat([x0, -x0], dim=1).transpose(0, 1),
@@ -76,7 +76,7 @@ def main():
     for axes, (title, path) in zip(grid, panels.items()):
         error = (path[-1] + x0[:, 0]).norm(dim=-1).mean()
         axes.set_title(f"{title}\n(mean error {error:.2f})", fontsize=15)
-        print(axes.get_title().replace("\n", " "))
+        print(axes.get_title())
         for side, color in ((1, "#0072B2"), (-1, "#D55E00")):  # blue and orange, which color-blind readers tell apart
             x, y = path[:, (1 - side) // 2 : 60 : 2].unbind(dim=-1)
             target = pyplot.Circle((1, -side), 0.55, color=color, alpha=0.13, lw=0)  # where this color should arrive

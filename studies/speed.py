@@ -75,7 +75,7 @@ def seconds(function, *args):
 def measure(args, device, name, loss_of):
     """Print the speed of a method's training, and its share of the speed of a large matrix product."""
     trunk, velocity = start_training(args, device)
-    ids = torch.randint(50304, (args.batch_size, args.seq_len), device=device)
+    ids = torch.randint(50304, (8, args.seq_len), device=device)
     step_args = (trunk, velocity, make_optimizers(velocity), loss_of, ids)
     count = operations(*step_args)
     if args.compile:
@@ -98,8 +98,7 @@ def main():
     add = parser.add_argument
     add("--width", type=int, default=512, help="hidden size, in heads of 64 (default: %(default)s)")
     add("--end", type=int, default=5, help="first layer to keep after the span (default: %(default)s)")
-    add("--batch-size", type=int, default=8, help="sequences per step (default: %(default)s)")
-    add("--seq-len", type=int, default=256, help="tokens per sequence (default: %(default)s)")
+    add("--seq-len", type=int, default=256, help="tokens per sequence, of which a step has 8 (default: %(default)s)")
     add("--compile", action="store_true", help="as for train_fm.py")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import eval_kl
 import lft
+import test_lft
 from studies import crossing, frontier, results, spans, speed
 from test_lft import IDS, approx, book, call_of, close, kl_of, layer_of, random_teacher, teacher_folder, tokenizer
 from train_fm import flow_matching_loss
@@ -56,7 +57,7 @@ def test_spans_are_measured_between_layers():
 @pytest.mark.parametrize("name, evaluations", [("flow matching", 1), ("Flow Walking", 6)])
 def test_operations_of_a_step(name, evaluations):
     """12 width² weights and two products of attention in each layer; backward takes twice as many as forward."""
-    args = SimpleNamespace(width=128, end=4, batch_size=3, seq_len=64)
+    args = SimpleNamespace(width=128, end=4, seq_len=64)
     trunk, velocity = speed.start_training(args, torch.device("cpu"))
     counted = speed.operations(trunk, velocity, [], speed.METHODS[name], torch.randint(50304, (3, 64)))
     forward = 2 * 3 * 64 * (12 * 128**2 + 2 * 64 * 128)
@@ -154,7 +155,7 @@ def test_crossing_paths_need_flow_walking():
     x0 = crossing.starts(50)
     errors = []
     for loss_of in (flow_matching_loss, flow_walking_loss):
-        landed = crossing.walk(crossing.trained(loss_of, steps=300, token_power=0), x0, 3)[-1]
+        landed = crossing.walk(crossing.trained(loss_of, steps=300), x0, 3)[-1]
         errors.append((landed + x0[:, 0]).norm(dim=-1).mean())
     assert errors[1] < 0.3 and errors[0] > 2 * errors[1]
 
@@ -168,6 +169,9 @@ def test_fork_trains_and_opens_as_a_model(name, tmp_path, monkeypatch, teacher_f
     (early,) = (block.split("```")[0] for block in blocks if "early_loss" in block)
     (tmp_path / "train_early.py").write_text(early)
     monkeypatch.syspath_prepend(tmp_path)
+    if name == "train_gemma3":
+        teacher_folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+        random_teacher("norms after branches", vocab_size=4096).save_pretrained(teacher_folder)
     files = [f"--teacher={teacher_folder}", f"--data={book}", f"--out={tmp_path / 'run'}"]
     call(importlib.import_module(name), *SHORT, *files)
     call(eval_kl, tmp_path / "run", "--tokens=64", "--no-baselines", "--device=cpu")
@@ -176,3 +180,10 @@ def test_fork_trains_and_opens_as_a_model(name, tmp_path, monkeypatch, teacher_f
     close(opened(IDS).logits, student(IDS).logits)
     texts = [opened.generate(IDS, max_new_tokens=5, use_cache=use_cache) for use_cache in (False, True)]
     assert torch.equal(*texts)
+
+
+def test_gemma_generates_over_its_sliding_window(monkeypatch):
+    """With a cache, beams and left padding as without."""
+    monkeypatch.syspath_prepend(FORKS)
+    monkeypatch.setattr(lft, "LFTForCausalLM", importlib.import_module("gemma3").Gemma3Student)
+    test_lft.test_generated_text_equals_uncached("norms after branches", {"num_beams": 3})
