@@ -1,8 +1,8 @@
 #!/bin/bash
 # Make the runs behind the figures: train, score on test text, keep table and log in studies/results.
 #
-#     make smollm2 speeches
-#     bash studies/runs.sh                      # all that are not in studies/results yet
+#     make smollm2 speeches python-doc
+#     bash studies/runs.sh                      # all whose last text is not in studies/results yet
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
 #     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial in runs/trial, which is not kept
@@ -27,7 +27,7 @@ record() {
     echo $name "$@"
     return
   fi
-  if [[ $name != $wanted* || -d $results ]]; then
+  if [[ $name != $wanted* || -e $results/table-${texts##* }.json ]]; then
     return
   fi
   if [[ $MAX_STEPS ]]; then
@@ -45,7 +45,7 @@ record() {
     echo "minutes: $(((SECONDS - begin) / 60)), $OMP_NUM_THREADS threads"
     echo "machine: $(lscpu | sed -n 's/^Model name: *//p')" $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null)
     $python -m pip list --format freeze 2>/dev/null | grep -E '^(torch|transformers|datasets)='
-  } > $out/made.txt
+  } >> $out/made.txt
   mkdir -p $results
   find $out -name 'table-*.json' -o -name log.jsonl -o -name made.txt | xargs cp -t $results
 }
@@ -53,7 +53,9 @@ record() {
 train() {
   $python $keep "$@" ${MAX_STEPS:+--max-steps $MAX_STEPS} --out $out --resume
   for text in $texts; do
-    $python eval_kl.py $out --data $text --tokens 16384 --no-baselines --json $out/table-$text.json
+    if [[ ! -e $out/table-$text.json ]]; then
+      $python eval_kl.py $out --data $text --tokens 16384 --no-baselines --json $out/table-$text.json
+    fi
   done
 }
 
@@ -68,23 +70,24 @@ run() {
 
 # SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run of each span
 # keeps the teacher's states for the others of its seed, 28 GB in runs/states, and takes about 30 minutes more. Other
-# seeds read other text.
-texts="stdlib speeches"
+# seeds read other text. No run is trained on python-doc, Python's documentation.
 smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
 keep="studies/forks/keep_states.py runs/states 12 18 24"
+texts="stdlib speeches python-doc"
 run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minutes
 run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
 run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
 run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24  # 55 minutes
 run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1
+texts="stdlib speeches"
 record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24  # 100 minutes
 run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24
 run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000
 run smollm2/fw-12-24-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --max-steps 1000
+run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000
+run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
 run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
-run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
-run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000
 run smollm2/fw-12-18-equal-seed-0 train_fw.py $smollm2 --start 12 --end 18 --times equal
 run smollm2/fw-12-24-equal-seed-0 train_fw.py $smollm2 --start 12 --end 24 --times equal
 keep=""
