@@ -35,6 +35,7 @@ SHOWN = [
     "alpha",
     "logit_weight",
     "token_power",
+    "channel_power",
     "lr",
     "init",
 ]

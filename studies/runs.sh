@@ -54,7 +54,7 @@ train() {
   $python $keep "$@" ${MAX_STEPS:+--max-steps $MAX_STEPS} --out $out --resume
   for text in $texts; do
     if [[ ! -e $out/table-$text.json ]]; then
-      $python eval_kl.py $out --data $text --tokens 16384 --no-baselines --json $out/table-$text.json
+      $python eval_kl.py $out --data $text --tokens $tokens --no-baselines --json $out/table-$text.json
     fi
   done
 }
@@ -63,7 +63,7 @@ frontier() {
   $python studies/frontier.py $out "$@"
 }
 
-# texts: scored one by one. keep: a script that runs the training script, or nothing.
+# texts: scored one by one, on so many tokens each. keep: a script that runs the training script, or nothing.
 run() {
   record $1 train "${@:2}"
 }
@@ -74,6 +74,7 @@ run() {
 smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
 keep="studies/forks/keep_states.py runs/states 12 18 24"
 texts="stdlib speeches python-doc"
+tokens=16384
 run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minutes
 run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
 run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
@@ -109,3 +110,16 @@ run tiny/fw-6-18-seed-0 train_fw.py $tiny --start 6 --end 18
 run tiny/fw-6-18-equal-seed-0 train_fw.py $tiny --start 6 --end 18 --times equal
 run tiny/regression-6-18-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1
 run tiny/fm-6-18-seed-0 train_fm.py $tiny --start 6 --end 18
+
+# Gemma-3-270M on code and English, 1,000 steps (make gemma).
+texts="stdlib speeches"
+tokens=8192
+gemma="--teacher gemma --data stdlib speeches --seq-len 256 --compile --max-steps 1000 --save-every 1000"
+keep="studies/forks/keep_states.py runs/gemma-states 5 6 12 15"
+run gemma/regression-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1
+run gemma/fw-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12
+run gemma/fm-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --method fm
+run gemma/regression-6-12-plain-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1 --channel-power 0
+record gemma/rivals frontier --teacher gemma --data $texts --start 6 --end 12 --tokens $tokens
+run gemma/fw-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15
+run gemma/regression-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15 --solver euler --k 1

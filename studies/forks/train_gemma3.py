@@ -19,8 +19,8 @@ def divided_velocity(x, t, velocity, size):
     return velocity(x * size, t) / size
 
 
-def loss_of_divided_states(velocity, x0, x1, batch, loss_of):
-    size = x1.abs().mean(dim=(0, 1))  # (hidden,)
+def loss_of_divided_states(velocity, x0, x1, batch, loss_of, power):
+    size = x1.abs().mean(dim=(0, 1)) ** power  # (hidden,)
     divided = functools.partial(divided_velocity, velocity=velocity, size=size)
     return loss_of(divided, x0 / size, x1 / size)
 
@@ -31,11 +31,12 @@ def main():
     add("--method", choices=("fm", "fw"), help="flow matching or Flow Walking (default: fw)")
     add("--k", type=at_least_1, default=3, help="steps of the walk (default: %(default)s)")
     add("--solver", choices=SOLVERS, default="midpoint", help="solver of each step (default: %(default)s)")
+    add("--channel-power", type=float, default=1.0, help="divide by size^power; 0 is the plain loss (default: 1)")
     args = parser.parse_args()
     loss_of = flow_matching_loss
     if args.method == "fw":
         loss_of = functools.partial(flow_walking_loss, k=args.k, solver=args.solver)
-    loss = functools.partial(loss_of_divided_states, loss_of=loss_of)
+    loss = functools.partial(loss_of_divided_states, loss_of=loss_of, power=args.channel_power)
     train(args, loss, args.solver, args.k, student_class=Gemma3Student)
 
 
