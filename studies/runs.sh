@@ -79,13 +79,13 @@ run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minut
 run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
 run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
 run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24  # 55 minutes
-run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1  # 38 minutes, beside three other jobs
+run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1  # 38 minutes
 texts="stdlib speeches"
 record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24  # 100 minutes
 run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24  # 32 minutes
-run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000
+run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000  # 2 hours, beside two to three other jobs
 run smollm2/fw-12-24-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --max-steps 1000
-run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000
+run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000  # 51 minutes
 run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
 run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
