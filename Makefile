@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	rm -rf runs/demo
-	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 700 --save-every 700 --out runs/demo
+	.venv/bin/python train_fw.py --start 6 --end 18 --times equal --teacher tiny_teacher --max-steps 750 --save-every 750 --out runs/demo
 	.venv/bin/python eval_kl.py runs/demo --tokens 4096
 
 test: .venv/installed-for-studies
