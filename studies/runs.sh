@@ -84,7 +84,7 @@ texts="stdlib speeches"
 record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24  # 100 minutes
 run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24  # 32 minutes
 run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000  # 2 hours, beside two to three other jobs
-run smollm2/fw-12-24-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --max-steps 1000
+run smollm2/fw-12-24-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --max-steps 1000  # 42 minutes, beside two other jobs
 run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000  # 51 minutes
 run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
