@@ -94,7 +94,7 @@ def main():
         axes.set(xlabel="end (first layer to keep)", ylabel="start (first to replace)")
         axes.set_title("Recoupling Ratio of every span")
         figure.colorbar(image, label="R: 0, optimal transport keeps every pair")
-        figure.savefig(args.picture, dpi=100)
+        figure.savefig(args.picture)
 
 
 if __name__ == "__main__":
