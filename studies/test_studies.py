@@ -107,7 +107,7 @@ def test_results_are_seeds_of_one_method(tmp_path, capsys):
 
 
 def test_readmes_show_what_results_prints(capsys, tmp_path):
-    """Each row of a table of KLs, of runs that runs.sh makes with the options that they had."""
+    """Each row of a table of KLs."""
     shutil.copytree(results.RESULTS, tmp_path / "results")
     call(results, tmp_path / "results")
     printed = capsys.readouterr().out.splitlines()
