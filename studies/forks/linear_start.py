@@ -3,21 +3,9 @@
 from torch import nn
 
 try:
-    from .lft import LFTConfig, LFTForCausalLM, VelocityBlock  # the copy in a run's folder
+    from .lft import LFTConfig, LFTForCausalLM  # the copy in a run's folder
 except ImportError:
-    from lft import LFTConfig, LFTForCausalLM, VelocityBlock
-
-
-class LinearStartBlock(VelocityBlock):
-    """The velocity, at first 0 (α = 0), and the frozen map `linear`, which train_linear_start.py fits."""
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        hidden = self.attention.config.hidden_size
-        self.linear = nn.Linear(hidden, hidden).requires_grad_(False)
-        vectors = self.modulation[-1].bias.data.view(6, hidden)  # shift, scale and gate of each branch
-        vectors[2].fill_(-1.0)
-        vectors[5].fill_(-1.0)
+    from lft import LFTConfig, LFTForCausalLM
 
 
 class LinearStart(nn.Module):
@@ -36,13 +24,16 @@ class LinearStartConfig(LFTConfig):
 
 
 class LinearStartForCausalLM(LFTForCausalLM):
+    """A student whose velocity also holds the frozen map `linear`, which train_linear_start.py fits."""
+
     config_class = LinearStartConfig
-    velocity_class = LinearStartBlock
 
     def __init__(self, config, teacher=None):
         super().__init__(config, teacher)
         layers = self.get_decoder().layers
         layers[config.start] = LinearStart(layers[config.start])
+        hidden = self.get_input_embeddings().embedding_dim
+        self.flow.velocity.linear = nn.Linear(hidden, hidden).requires_grad_(False)
         self.post_init()
 
     @property

@@ -6,7 +6,7 @@ from linear_start import LinearStartForCausalLM
 
 from data import take, training_windows
 from eval_kl import fit_linear, state_pairs
-from loop import fill_in, fit_to_teacher, make_parser, train
+from loop import make_parser, train
 from run import load_teacher, run_script
 from train_fw import flow_walking_loss
 
@@ -18,20 +18,23 @@ def loss_from_map(velocity, x0, x1, batch):
     return flow_walking_loss(velocity, velocity.func.linear(x0), x1)
 
 
-def new_student(config, teacher, linear):
+def new_student(config, teacher, args):
+    """A student whose flow is the linear map at first: the velocity is 0, since α1 = α2 = 0."""
     student = LinearStartForCausalLM(config, teacher)
-    student.flow.velocity.linear.load_state_dict(linear.state_dict())
+    velocity = student.flow.velocity
+    _, tokenizer = load_teacher(args.teacher)
+    windows = take(training_windows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
+    linear = fit_linear(state_pairs(teacher, windows, args.start, args.end))
+    velocity.linear.load_state_dict(linear.state_dict())
+    vectors = velocity.modulation[-1].bias.data.view(6, -1)  # shift, scale and gate of each branch
+    vectors[2].fill_(-1.0)
+    vectors[5].fill_(-1.0)
     return student
 
 
 def main():
     args = make_parser(__doc__, "linear-start", start=12, end=24).parse_args()
-    fill_in(args)
-    teacher, tokenizer = load_teacher(args.teacher, args.device)
-    fit_to_teacher(args, teacher)
-    windows = take(training_windows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
-    linear = fit_linear(state_pairs(teacher, windows, args.start, args.end))
-    student_class = functools.partial(new_student, linear=linear)
+    student_class = functools.partial(new_student, args=args)
     student_class.block_class = LinearStartForCausalLM.block_class
     student_class.config_class = LinearStartForCausalLM.config_class
     train(args, loss_from_map, solver="midpoint", k=3, student_class=student_class)
