@@ -121,5 +121,6 @@ run gemma/fw-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12
 run gemma/fm-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --method fm
 run gemma/regression-6-12-plain-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1 --channel-power 0
 record gemma/rivals frontier --teacher gemma --data $texts --start 6 --end 12 --tokens $tokens
+run gemma/linear-start-6-12-seed-0 studies/forks/train_gemma3_linear_start.py $gemma --start 6 --end 12
 run gemma/fw-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15
 run gemma/regression-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15 --solver euler --k 1

@@ -13,14 +13,14 @@ from train_fw import flow_walking_loss
 FIT_TOKENS = 131_072
 
 
-def loss_from_map(velocity, x0, x1, batch):
-    """Flow Walking from W x0 + b to x1. velocity.func: the block, of which `train` has bound the context."""
-    return flow_walking_loss(velocity, velocity.func.linear(x0), x1)
+def loss_from_map(velocity, x0, x1, batch, loss_of=flow_walking_loss):
+    """The loss from W x0 + b to x1. velocity.func: the block, of which `train` has bound the context."""
+    return loss_of(velocity, velocity.func.linear(x0), x1, batch)
 
 
-def new_student(config, teacher, args):
+def new_student(config, teacher, args, student_class):
     """A student whose flow is the linear map at first: the velocity is 0, since α1 = α2 = 0."""
-    student = LinearStartForCausalLM(config, teacher)
+    student = student_class(config, teacher)
     velocity = student.flow.velocity
     _, tokenizer = load_teacher(args.teacher)
     windows = take(training_windows(args.data, tokenizer, args.seq_len), FIT_TOKENS // args.seq_len)
@@ -32,11 +32,17 @@ def new_student(config, teacher, args):
     return student
 
 
+def with_map(student_class, args):
+    """What makes such students, as loop.train calls it."""
+    make = functools.partial(new_student, args=args, student_class=student_class)
+    make.block_class = student_class.block_class
+    make.config_class = student_class.config_class
+    return make
+
+
 def main():
     args = make_parser(__doc__, "linear-start", start=12, end=24).parse_args()
-    student_class = functools.partial(new_student, args=args)
-    student_class.block_class = LinearStartForCausalLM.block_class
-    student_class.config_class = LinearStartForCausalLM.config_class
+    student_class = with_map(LinearStartForCausalLM, args)
     train(args, loss_from_map, solver="midpoint", k=3, student_class=student_class)
 
 
