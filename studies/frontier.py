@@ -103,10 +103,9 @@ def main():
     add("--data", nargs="+", default=["stdlib"], help="texts, as for train_fm.py (default: stdlib)")
     add("--seq-len", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     add("--tokens", type=int, default=16_384, help="test tokens of each text (default: %(default)s)")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher, tokenizer = load_teacher(args.teacher, args.device)
+    teacher, tokenizer = load_teacher(args.teacher, DEVICES[0])
     reading = {"tokenizer": tokenizer, "seq_len": args.seq_len}
     windows = take(training_windows(args.data, **reading), FIT_TOKENS // args.seq_len)
     patches = fit_patches(teacher, windows, args.start, max(args.end))

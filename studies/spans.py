@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pandas
 import torch
 from scipy import optimize
 from tqdm import tqdm
@@ -43,14 +44,14 @@ def recoupling_ratio(x0, x1):
 
 @torch.no_grad()
 def ratios(teacher, windows):
-    """R, moved and largest of every span: (3, layers, layers + 1), indexed [start, end]; nan if that is not a span.
+    """R, moved, largest, divided of every span: (4, layers, layers + 1), indexed [start, end]; nan if that is no span.
 
     windows: ids (windows, seq); tokens are paired within a window, and the measures averaged. moved: |x1 - x0|² / |x1|²
     of the median token. largest: the share of one token in the sum of |x1 - x0|², near 1 where massive activations
-    appear.
+    appear. divided: R after each channel was divided by its mean |x1|, so that no channel decides alone.
     """
     n = len(teacher.get_decoder().layers)
-    found = torch.full((3, n, n + 1), torch.nan).tril()  # 0 where start < end
+    found = torch.full((4, n, n + 1), torch.nan).tril()  # 0 where start < end
     for ids in tqdm(windows.to(teacher.device).split(1), desc="pairing windows"):
         states = layer_states(teacher, ids)
         for start, end in itertools.combinations(range(n + 1), 2):
@@ -59,7 +60,10 @@ def ratios(teacher, windows):
             distance = (x1 - x0).square().sum(dim=-1)
             moved = (distance / x1.square().sum(dim=-1)).median()
             largest = distance.max() / distance.sum()
-            found[:, start, end] += torch.tensor([recoupling_ratio(x0, x1), moved, largest]) / len(windows)
+            ratio = recoupling_ratio(x0, x1)
+            size = x1.abs().mean(dim=0)
+            divided = recoupling_ratio(x0 / size, x1 / size)
+            found[:, start, end] += torch.tensor([ratio, moved, largest, divided]) / len(windows)
     return found
 
 
@@ -76,19 +80,16 @@ def main():
         help="windows of 256 tokens, each paired within itself (default: %(default)s)",
     )
     add("--picture", help="PNG file for a heat map of all spans")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
-    teacher, tokenizer = load_teacher(args.teacher, args.device)
-    n = len(teacher.get_decoder().layers)
-    windows = training_windows(args.data, tokenizer, min(256, teacher.config.max_position_embeddings))
+    teacher, tokenizer = load_teacher(args.teacher, DEVICES[0])
+    windows = training_windows(args.data, tokenizer, seq_len=256)
     found = ratios(teacher, take(windows, args.windows))
-    spans = []
-    for start in range(n - args.length + 1):
-        spans.append((*found[:, start, start + args.length].tolist(), start))
-    print(f"{'layers':>8}{'R':>8}{'moved':>8}{'largest':>9}")
-    for ratio, moved, largest, start in sorted(spans):
-        print(f"{f'{start}..{start + args.length - 1}':>8}{ratio:>8.3f}{moved:>8.3f}{largest:>9.3f}")
+    measures = found.diagonal(args.length, dim1=1, dim2=2)  # start + length = end: (4, spans)
+    table = pandas.DataFrame(measures.T.numpy(), columns=["R", "moved", "largest", "divided"])
+    table.index = [f"{start}..{start + args.length - 1}" for start in table.index]
+    print(table.sort_values(["R", "moved"]).to_string(float_format="{:.3f}".format))
     if args.picture:
+        n = found.shape[1]
         figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
         image = axes.imshow(found[0, :, 1:].numpy(), origin="lower", extent=(0.5, n + 0.5, -0.5, n - 0.5))
         axes.set(xlabel="end (first layer to keep)", ylabel="start (first to replace)")

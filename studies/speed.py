@@ -100,10 +100,9 @@ def main():
     add("--end", type=int, default=5, help="first layer to keep after the span (default: %(default)s)")
     add("--seq-len", type=int, default=256, help="tokens per sequence, of which a step has 8 (default: %(default)s)")
     add("--compile", action="store_true", help="as for train_fm.py")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run (default: %(default)s)")
     args = parser.parse_args()
     for name, loss_of in METHODS.items():
-        measure(args, torch.device(args.device), name, loss_of)
+        measure(args, torch.device(DEVICES[0]), name, loss_of)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def test_spans_are_measured_between_layers():
     x0 = call_of(layer_of(teacher, 2), teacher, IDS[:1])[0][0]
     x1 = call_of(layer_of(teacher, 5), teacher, IDS[:1])[2][0]
     distance = (x1 - x0).norm(dim=1) ** 2
-    close(found[[0, 2], 2, 6], torch.tensor([spans.recoupling_ratio(x0, x1), distance.max() / distance.sum()]))
+    largest = distance.max() / distance.sum()
+    size = x1.abs().mean(dim=0)
+    divided = spans.recoupling_ratio(x0 / size, x1 / size)
+    close(found[[0, 2, 3], 2, 6], torch.tensor([spans.recoupling_ratio(x0, x1), largest, divided]))
     assert found[0].isfinite().equal(torch.ones(6, 7).triu(1).bool())
 
 
