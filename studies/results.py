@@ -68,7 +68,7 @@ def name_methods(rows):
             if option in rows:
                 values = same[option].map(str)
                 if values.nunique() > 1:
-                    names[same.index] += f", {option.replace('_', ' ')} " + values
+                    names[same.index] += f", {option.replace('_', '-')} " + values
     return rows.assign(by=names)
 
 
