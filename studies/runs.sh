@@ -119,7 +119,7 @@ gemma="--teacher gemma --data stdlib speeches --seq-len 256 --compile --max-step
 keep="studies/forks/keep_states.py runs/gemma-states 5 6 12 15"
 run gemma/regression-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1  # 57 minutes
 run gemma/fw-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12  # 66 minutes, beside two other jobs
-run gemma/fm-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --method fm
+run gemma/fm-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --method fm  # 31 minutes, its two texts scored at once
 run gemma/regression-6-12-plain-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1 --channel-power 0
 record gemma/rivals frontier --teacher gemma --data $texts --start 6 --end 12 --tokens $tokens  # 125 minutes
 run gemma/linear-start-6-12-seed-0 studies/forks/train_gemma3_linear_start.py $gemma --start 6 --end 12
