@@ -5,8 +5,8 @@
 
 Reads each table*.json in the folder and below, and the log.jsonl beside it. Runs whose options differ in the seed only
 are seeds of one method: a cell has the KL of each seed, and ± the standard error over documents. Two pictures for each
-teacher are written into the folder. TEACHER-time.png shows the best points of each method, whatever its
-options: no other point of it beats them in both time and KL. Needs studies/requirements.txt.
+teacher are written into the folder. TEACHER-time.png shows the best points of each method, whatever its options: no
+other point of the method beats them in both time and KL. Needs studies/requirements.txt.
 """
 
 import argparse

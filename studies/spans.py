@@ -44,7 +44,7 @@ def recoupling_ratio(x0, x1):
 
 @torch.no_grad()
 def ratios(teacher, windows):
-    """R, moved, largest, divided of every span: (4, layers, layers + 1), indexed [start, end]; nan if that is no span.
+    """R, moved, largest, divided of every span: (4, layers, layers + 1), indexed [start, end]; nan where start >= end.
 
     windows: ids (windows, seq); tokens are paired within a window, and the measures averaged. moved: |x1 - x0|² / |x1|²
     of the median token. largest: the share of one token in the sum of |x1 - x0|², near 1 where massive activations

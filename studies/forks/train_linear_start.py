@@ -33,7 +33,7 @@ def new_student(config, teacher, args, student_class):
 
 
 def with_map(student_class, args):
-    """What makes such students, as loop.train calls it."""
+    """What loop.train takes as student_class: makes the student and fits its map."""
     make = functools.partial(new_student, args=args, student_class=student_class)
     make.block_class = student_class.block_class
     make.config_class = student_class.config_class
