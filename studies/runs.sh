@@ -103,13 +103,15 @@ run smollm2/fw-12-18-seed-2 train_fw.py $smollm2 --start 12 --end 18 --seed 2
 keep=""
 texts="stdlib"
 tiny="--teacher tiny_teacher --compile"
-record tiny/rivals frontier --start 6 --end 12 18
-run tiny/fm-6-12-seed-0 train_fm.py $tiny --start 6 --end 12
-run tiny/regression-6-12-seed-0 train_fw.py $tiny --start 6 --end 12 --solver euler --k 1
-run tiny/fw-6-18-seed-0 train_fw.py $tiny --start 6 --end 18
-run tiny/fw-6-18-equal-seed-0 train_fw.py $tiny --start 6 --end 18 --times equal
-run tiny/regression-6-18-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1
-run tiny/fm-6-18-seed-0 train_fm.py $tiny --start 6 --end 18
+record tiny/rivals frontier --start 6 --end 12 18  # 4 minutes
+for seed in 0 1 2; do
+  run tiny/fm-6-12-seed-$seed train_fm.py $tiny --start 6 --end 12 --seed $seed  # 4 minutes
+  run tiny/regression-6-12-seed-$seed train_fw.py $tiny --start 6 --end 12 --solver euler --k 1 --seed $seed  # 4 minutes
+  run tiny/fw-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --seed $seed  # 11 minutes
+  run tiny/fw-6-18-equal-seed-$seed train_fw.py $tiny --start 6 --end 18 --times equal --seed $seed  # 11 minutes
+  run tiny/regression-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --seed $seed  # 5 minutes
+  run tiny/fm-6-18-seed-$seed train_fm.py $tiny --start 6 --end 18 --seed $seed  # 5 minutes
+done
 
 # Gemma-3-270M on code and English, 1,000 steps (make gemma). Its vocabulary of 262,144 makes scoring the larger part,
 # 30 minutes a run, and needs 8 GB of memory. States kept: 10 GB a span.
