@@ -104,7 +104,7 @@ def print_table(rows):
 def draw_time(axes, rows):
     rows = rows[~rows.name.isin(["span dropped", "skipped, mean of places"])]
     for method, same in rows.groupby(rows.by.where(rows.by != "", rows.name).str.partition(",")[0]):
-        points = same.groupby(LINE)[["time", "kl", "kl_stderr"]].mean().sort_values("time")  # over seeds
+        points = same.groupby(LINE)[["time", "kl", "kl_stderr"]].mean().sort_values(["time", "kl"])  # over seeds
         best = points[points.kl == points.kl.cummin()]
         axes.errorbar(best.time, best.kl, best.kl_stderr, marker="o", ms=4, capsize=2, label=method)
     axes.set(xlabel="time of a forward pass, relative to the teacher", ylabel="KL, nats per token")

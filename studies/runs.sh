@@ -112,6 +112,7 @@ for seed in 0 1 2; do
   run tiny/regression-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --seed $seed  # 5 minutes
   run tiny/fm-6-18-seed-$seed train_fm.py $tiny --start 6 --end 18 --seed $seed  # 5 minutes
 done
+run tiny/regression-6-18-long-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --max-steps 3500
 
 # Gemma-3-270M on code and English, 1,000 steps (make gemma). Its vocabulary of 262,144 makes scoring the larger part,
 # 30 minutes a run, and needs 8 GB of memory. States kept: 10 GB a span.
@@ -122,7 +123,7 @@ keep="studies/forks/keep_states.py runs/gemma-states 6 12"
 run gemma/regression-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1  # 57 minutes
 run gemma/fw-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12  # 66 minutes, beside two other jobs
 run gemma/fm-6-12-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --method fm  # 31 minutes, its two texts scored at once
-run gemma/regression-6-12-plain-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1 --channel-power 0
+run gemma/regression-6-12-plain-seed-0 studies/forks/train_gemma3.py $gemma --start 6 --end 12 --solver euler --k 1 --channel-power 0  # 42 minutes
 record gemma/rivals frontier --teacher gemma --data $texts --start 6 --end 12 --tokens $tokens  # 125 minutes
 run gemma/linear-start-6-12-seed-0 studies/forks/train_gemma3_linear_start.py $gemma --start 6 --end 12
 keep="studies/forks/keep_states.py runs/gemma-states 5 15"
