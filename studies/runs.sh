@@ -112,7 +112,7 @@ for seed in 0 1 2; do
   run tiny/regression-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --seed $seed  # 5 minutes
   run tiny/fm-6-18-seed-$seed train_fm.py $tiny --start 6 --end 18 --seed $seed  # 5 minutes
 done
-run tiny/regression-6-18-long-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --max-steps 3500
+run tiny/regression-6-18-long-seed-0 train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --max-steps 3500  # 9 minutes
 
 # Gemma-3-270M on code and English, 1,000 steps (make gemma). Its vocabulary of 262,144 makes scoring the larger part,
 # 30 minutes a run, and needs 8 GB of memory. States kept: 10 GB a span.
