@@ -1,7 +1,7 @@
 #!/bin/bash
 # Make the runs behind the figures: train, score on test text, keep table and log in studies/results.
 #
-#     make smollm2 speeches python-doc
+#     make smollm2 speeches
 #     bash studies/runs.sh                      # all whose last text is not in studies/results yet
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
@@ -70,17 +70,16 @@ run() {
 
 # SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run of each span
 # keeps the teacher's states for the others of its seed, 28 GB in runs/states, and takes about 30 minutes more. Other
-# seeds read other text, so their states take 28 GB more. No run is trained on python-doc, Python's documentation.
+# seeds read other text, so their states take 28 GB more.
 smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
 keep="studies/forks/keep_states.py runs/states 12 18 24"
-texts="stdlib speeches python-doc"
+texts="stdlib speeches"
 tokens=16384
 run smollm2/fw-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18  # 54 minutes
 run smollm2/regression-12-18-seed-0 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1  # 31 minutes
 run smollm2/fm-12-18-seed-0 train_fm.py $smollm2 --start 12 --end 18  # 29 minutes
 run smollm2/fw-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24  # 55 minutes
 run smollm2/regression-12-24-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1  # 38 minutes
-texts="stdlib speeches"
 record smollm2/rivals frontier --teacher smollm2 --data $texts --start 12 --end 18 24  # 100 minutes
 run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24  # 32 minutes
 run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000  # 2 hours, beside two to three other jobs
