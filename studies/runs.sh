@@ -106,8 +106,8 @@ record tiny/rivals frontier --start 6 --end 12 18  # 4 minutes
 for seed in 0 1 2; do
   run tiny/fm-6-12-seed-$seed train_fm.py $tiny --start 6 --end 12 --seed $seed  # 4 minutes
   run tiny/regression-6-12-seed-$seed train_fw.py $tiny --start 6 --end 12 --solver euler --k 1 --seed $seed  # 4 minutes
-  run tiny/fw-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --seed $seed  # 11 minutes
-  run tiny/fw-6-18-equal-seed-$seed train_fw.py $tiny --start 6 --end 18 --times equal --seed $seed  # 11 minutes
+  run tiny/fw-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --seed $seed  # 8 minutes
+  run tiny/fw-6-18-equal-seed-$seed train_fw.py $tiny --start 6 --end 18 --times equal --seed $seed  # 8 minutes
   run tiny/regression-6-18-seed-$seed train_fw.py $tiny --start 6 --end 18 --solver euler --k 1 --seed $seed  # 5 minutes
   run tiny/fm-6-18-seed-$seed train_fm.py $tiny --start 6 --end 18 --seed $seed  # 5 minutes
 done
