@@ -127,4 +127,4 @@ record gemma/rivals frontier --teacher gemma --data $texts --start 6 --end 12 --
 run gemma/linear-start-6-12-seed-0 studies/forks/train_gemma3_linear_start.py $gemma --start 6 --end 12
 keep="studies/forks/keep_states.py runs/gemma-states 5 15"
 run gemma/fw-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15  # 74 minutes
-run gemma/regression-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15 --solver euler --k 1
+run gemma/regression-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15 --solver euler --k 1  # 36 minutes
