@@ -23,6 +23,7 @@ from train_fw import flow_walking_loss
 
 ROOT = Path(lft.__file__).parent
 FORKS = ROOT / "studies/forks"
+sys.path.append(str(FORKS))
 SHORT = ["--start=1", "--end=4", "--seq-len=32", "--batch-size=2", "--max-steps=2", "--device=cpu"]
 
 
@@ -121,7 +122,6 @@ def test_readmes_show_what_results_prints(capsys, tmp_path):
 
 def test_runs_have_the_options_of_runs_sh(monkeypatch):
     """Each run in studies/results, the defaults included."""
-    monkeypatch.syspath_prepend(FORKS)
     listed = subprocess.check_output(["bash", ROOT / "studies/runs.sh"], env={"LIST": "1"}, text=True)
     commands = {}
     for line in listed.splitlines():
@@ -139,9 +139,8 @@ def test_runs_have_the_options_of_runs_sh(monkeypatch):
                 assert training[key] == value, (table, key)
 
 
-def test_kept_states_are_read(tmp_path, monkeypatch):
+def test_kept_states_are_read(tmp_path):
     """From disk, though the trunk has changed; a new run sees that it has."""
-    monkeypatch.syspath_prepend(FORKS)
     keep_states = importlib.import_module("keep_states")
     arguments = (lft.trunk_of(random_teacher(), 4), IDS, 1, tmp_path, [1, 4])
     expected = keep_states.hidden_pair(*arguments)
@@ -169,8 +168,8 @@ def test_fork_trains_and_opens_as_a_model(name, tmp_path, monkeypatch, teacher_f
     blocks = (ROOT / "README.md").read_text().split("```python\n")
     (early,) = (block.split("```")[0] for block in blocks if "early_loss" in block)
     (tmp_path / "train_early.py").write_text(early)
-    monkeypatch.syspath_prepend(FORKS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(lft.SOLVERS, "rk4", lft.euler)  # replaced by train_rk4, undone at the end of the test
     if "gemma3" in name:
         teacher_folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
         random_teacher("norms after branches", vocab_size=4096).save_pretrained(teacher_folder)
@@ -186,6 +185,5 @@ def test_fork_trains_and_opens_as_a_model(name, tmp_path, monkeypatch, teacher_f
 
 def test_gemma_generates_over_its_sliding_window(monkeypatch):
     """With a cache, beams and left padding as without."""
-    monkeypatch.syspath_prepend(FORKS)
     monkeypatch.setattr(lft, "LFTForCausalLM", importlib.import_module("gemma3").Gemma3Student)
     test_lft.test_generated_text_equals_uncached("norms after branches", {"num_beams": 3})
