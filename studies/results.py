@@ -87,7 +87,7 @@ def compare(rows):
 
 
 def print_table(rows):
-    texts = rows.text.unique()
+    texts = sorted(rows.text.unique(), reverse=True)  # code before English, as in the READMEs' sentences
     print("| layers replaced | by | evaluations |", " | ".join(f"KL, {text}" for text in texts), "| time |")
     print("|---" * (len(texts) + 4) + "|")
     for (_, layers, by, name), line in rows.groupby(LINE, sort=False):
@@ -117,7 +117,7 @@ def draw_tokens(axes, rows):
         if log.step.iloc[-1] != options.steps:
             raise InputError(f"{folder} was trained on since its table was made: run eval_kl.py again")
         tokens = log.step * options.batch_size * options.seq_len
-        axes.plot(tokens, log.validation_kl, "o-", ms=3, label=f"{method}, seed {options.seed:.0f}")
+        axes.plot(tokens, log.validation_kl, ".-", label=f"{method}, seed {options.seed:.0f}")
     axes.set(xlabel="training tokens", ylabel="KL on validation text, nats per token")
 
 

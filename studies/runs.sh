@@ -5,7 +5,8 @@
 #     bash studies/runs.sh                      # all whose last text is not in studies/results yet
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
-#     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial in runs/trial, which is not kept
+#     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial in runs/trial, on 512 tokens, which is not kept
+#     bash studies/runs.sh gpu                  # made only when named
 #
 # A run that was stopped goes on where it stopped. made.txt beside each table has date, commit, minutes and machine. The
 # minutes below are for training and scoring on one core of an AMD EPYC (Zen 4), with another run on the other core.
@@ -27,11 +28,15 @@ record() {
     echo $name "$@"
     return
   fi
+  if [[ $name == gpu* && $wanted != gpu* ]]; then
+    return
+  fi
   if [[ $name != $wanted* || -e $results/table-${texts##* }.json ]]; then
     return
   fi
   if [[ $MAX_STEPS ]]; then
     out=runs/trial/$name
+    tokens=512
   fi
   local begin=$SECONDS
   local commit=$(git describe --always --dirty --exclude '*')
@@ -85,7 +90,7 @@ run smollm2/fm-12-24-seed-0 train_fm.py $smollm2 --start 12 --end 24  # 32 minut
 run smollm2/fw-12-24-logits-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1 --max-steps 1000  # 2 hours, beside two to three other jobs
 run smollm2/fw-12-24-half-seed-0 train_fw.py $smollm2 --start 12 --end 24 --max-steps 1000  # 42 minutes, beside two other jobs
 run smollm2/regression-12-24-long-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --max-steps 3000  # 51 minutes
-run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24
+run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smollm2 --start 12 --end 24  # 59 minutes
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
 run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
 run smollm2/fw-12-18-equal-seed-0 train_fw.py $smollm2 --start 12 --end 18 --times equal
@@ -128,3 +133,12 @@ run gemma/linear-start-6-12-seed-0 studies/forks/train_gemma3_linear_start.py $g
 keep="studies/forks/keep_states.py runs/gemma-states 5 15"
 run gemma/fw-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15  # 74 minutes
 run gemma/regression-5-15-seed-0 studies/forks/train_gemma3.py $gemma --start 5 --end 15 --solver euler --k 1  # 36 minutes
+
+# On a GPU: SmolLM2-135M, 5,000 steps of 8,192 tokens, ten times as much text, several epochs. Not yet run.
+keep=""
+texts="stdlib speeches"
+tokens=16384
+gpu="--teacher smollm2 --data stdlib speeches --seq-len 256 --batch-size 32 --max-steps 5000 --compile --save-every 500"
+run gpu/fw-12-24-seed-0 train_fw.py $gpu --start 12 --end 24
+run gpu/regression-12-24-seed-0 train_fw.py $gpu --start 12 --end 24 --solver euler --k 1
+run gpu/fw-12-24-logits-seed-0 train_fw.py $gpu --start 12 --end 24 --logit-weight 1

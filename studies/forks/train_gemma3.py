@@ -1,6 +1,6 @@
 """Train a flow for Gemma 2 or 3, by Flow Walking or flow matching.
 
-One channel holds most of the squared state of every token, 0.8 to 0.95 of it in most layers of Gemma-3-270M. A plain
+One channel holds most of the squared state of every token, 0.8 to 0.94 of it in most layers of Gemma-3-270M. A plain
 squared error sees little else, so here the loss is that of states divided by the size of each channel.
 """
 
