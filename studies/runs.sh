@@ -1,8 +1,8 @@
 #!/bin/bash
 # Make the runs behind the figures: train, score on test text, keep table and log in studies/results.
 #
-#     make smollm2 speeches
-#     bash studies/runs.sh                      # all whose last text is not in studies/results yet
+#     make smollm2 gemma speeches
+#     bash studies/runs.sh                      # those not in studies/results: delete a run there to make it anew
 #     bash studies/runs.sh smollm2/fw-12-24     # those whose names begin so
 #     LIST=1 bash studies/runs.sh               # names and commands
 #     MAX_STEPS=2 bash studies/runs.sh tiny     # a trial in runs/trial, on 512 tokens, which is not kept
@@ -68,14 +68,13 @@ frontier() {
   $python studies/frontier.py $out "$@"
 }
 
-# texts: scored one by one, on so many tokens each. keep: a script that runs the training script, or nothing.
+# texts: what to score, $tokens tokens of each. keep: a script that wraps the training script, or nothing.
 run() {
   record $1 train "${@:2}"
 }
 
-# SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, in the order of their worth. The first run of each span
-# keeps the teacher's states for the others of its seed, 28 GB in runs/states, and takes about 30 minutes more. Other
-# seeds read other text, so their states take 28 GB more.
+# SmolLM2-135M on code and English, 2,000 steps of 2,048 tokens, most informative first. A run keeps the teacher's
+# states for later ones of its seed, 28 GB in runs/states; the first of each span and seed takes about 30 minutes more.
 smollm2="--teacher smollm2 --data stdlib speeches --seq-len 256 --compile --save-every 1000"
 keep="studies/forks/keep_states.py runs/states 12 18 24"
 texts="stdlib speeches"
