@@ -93,7 +93,7 @@ run smollm2/linear-start-12-24-seed-0 studies/forks/train_linear_start.py $smoll
 run smollm2/fw-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --logit-weight 1
 run smollm2/regression-12-24-logits-seed-0 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --logit-weight 1
 run smollm2/fw-12-18-equal-seed-0 train_fw.py $smollm2 --start 12 --end 18 --times equal
-run smollm2/fw-12-24-equal-seed-0 train_fw.py $smollm2 --start 12 --end 24 --times equal
+run smollm2/fw-12-24-equal-seed-0 train_fw.py $smollm2 --start 12 --end 24 --times equal  # 52 minutes
 run smollm2/fw-12-24-seed-1 train_fw.py $smollm2 --start 12 --end 24 --seed 1  # 88 minutes
 run smollm2/regression-12-24-seed-1 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --seed 1
 run smollm2/fw-12-18-seed-1 train_fw.py $smollm2 --start 12 --end 18 --seed 1
