@@ -96,7 +96,7 @@ run smollm2/fw-12-18-equal-seed-0 train_fw.py $smollm2 --start 12 --end 18 --tim
 run smollm2/fw-12-24-equal-seed-0 train_fw.py $smollm2 --start 12 --end 24 --times equal  # 52 minutes
 run smollm2/fw-12-24-seed-1 train_fw.py $smollm2 --start 12 --end 24 --seed 1  # 88 minutes
 run smollm2/regression-12-24-seed-1 train_fw.py $smollm2 --start 12 --end 24 --solver euler --k 1 --seed 1  # 29 minutes
-run smollm2/fw-12-18-seed-1 train_fw.py $smollm2 --start 12 --end 18 --seed 1
+run smollm2/fw-12-18-seed-1 train_fw.py $smollm2 --start 12 --end 18 --seed 1  # 50 minutes
 run smollm2/regression-12-18-seed-1 train_fw.py $smollm2 --start 12 --end 18 --solver euler --k 1 --seed 1  # 36 minutes
 run smollm2/fm-12-18-seed-1 train_fm.py $smollm2 --start 12 --end 18 --seed 1
 run smollm2/fw-12-24-seed-2 train_fw.py $smollm2 --start 12 --end 24 --seed 2
